@@ -1,0 +1,1 @@
+"""The machinery that every rule and transform stands on; it knows no operation."""

@@ -1,0 +1,99 @@
+"""Trees: nested lists, tuples and dicts (named tuples and `nn.Module`s among them) of leaves.
+
+An axis specification is a *prefix* of a tree: an int or None where it speaks for everything below.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+
+Path = tuple[Any, ...]
+
+
+def children(node: Any) -> list[tuple[Any, Any]] | None:
+    """The (key, child) pairs of a container, in the order in which it is rebuilt; None for a leaf."""
+    if isinstance(node, (list, tuple)):
+        return list(enumerate(node))
+    if isinstance(node, dict):
+        return list(node.items())
+    return None
+
+
+def rebuild(node: Any, values: list[Any]) -> Any:
+    """A container like `node` around other children."""
+    if isinstance(node, dict):
+        if type(node) is dict:
+            return dict(zip(node, values))
+        new = copy.copy(node)  # an OrderedDict, a defaultdict, an nn.Module: keeps what it carries
+        new.update(dict(zip(node, values)))
+        return new
+    if isinstance(node, tuple):
+        return type(node)(*values) if hasattr(node, "_fields") else type(node)(values)
+    return type(node)(values)
+
+
+def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every leaf with the keys that lead to it."""
+    below = children(tree)
+    if below is None:
+        yield path, tree
+        return
+    for key, child in below:
+        yield from leaves(child, (*path, key))
+
+
+def map_leaves(fun: Callable[[Any], Any], tree: Any) -> Any:
+    """`tree` with `fun(leaf)` in the place of every leaf."""
+    if isinstance(tree, mx.array):
+        return fun(tree)
+    below = children(tree)
+    if below is None:
+        return fun(tree)
+    return rebuild(tree, [map_leaves(fun, child) for _, child in below])
+
+
+class PrefixError(ValueError):
+    """An axis specification that does not fit the tree; `path` says where."""
+
+    def __init__(self, path: Path, spec: Any, node: Any) -> None:
+        super().__init__(path, spec, node)
+        self.path, self.spec, self.node = path, spec, node
+
+
+def map_with_prefix(
+    fun: Callable[[Any, Any, Path], Any], tree: Any, prefix: Any, path: Path = ()
+) -> Any:
+    """`tree` with `fun(leaf, axis, path)` for every leaf, `axis` being what the prefix says of it.
+
+    Raises `PrefixError` where the prefix goes deeper than the tree, or branches otherwise.
+    """
+    if prefix is None or (isinstance(prefix, int) and not isinstance(prefix, bool)):
+        below = None if isinstance(tree, mx.array) else children(tree)
+        if below is None:
+            return fun(tree, prefix, path)
+        return rebuild(
+            tree, [map_with_prefix(fun, child, prefix, (*path, key)) for key, child in below]
+        )
+    below, specs = children(tree), children(prefix)
+    if below is None or specs is None:
+        # MLX writes the axis of an array as (axis,) too.
+        if isinstance(tree, mx.array) and isinstance(prefix, tuple) and len(prefix) == 1:
+            return map_with_prefix(fun, tree, prefix[0], path)
+        raise PrefixError(path, prefix, tree)
+    if isinstance(tree, dict) != isinstance(prefix, dict) or len(below) != len(specs):
+        raise PrefixError(path, prefix, tree)
+    if isinstance(tree, dict):
+        if set(tree) != set(prefix):
+            raise PrefixError(path, prefix, tree)
+        specs = [(key, prefix[key]) for key in tree]
+    return rebuild(
+        tree,
+        [
+            map_with_prefix(fun, child, spec, (*path, key))
+            for (key, child), (_, spec) in zip(below, specs)
+        ],
+    )

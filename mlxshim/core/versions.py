@@ -1,0 +1,25 @@
+"""The installed MLX's version, and the repairs that old ones need."""
+
+from __future__ import annotations
+
+import re
+
+import mlx.core as mx
+
+
+def _parse(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+MLX: tuple[int, ...] = _parse(mx.__version__)
+
+OLDEST_TESTED = (0, 31, 1)
+NEWEST_TESTED = (0, 32, 4)
+
+#: `broadcast_arrays` uses a shape after moving it (fixed by ml-explore/mlx#3310): whatever a
+#: compiler that evaluates arguments left to right built cannot transform a broadcasting matmul.
+MOVED_SHAPE_BUG = MLX < (0, 31, 2)
+
+#: `Select::jvp` and `DivMod::jvp` index tangents by argument number: out of bounds where only
+#: some arguments have one (0.31.1 and 0.31.2).
+SELECT_JVP_BUG = MLX < (0, 32, 0)

@@ -1,0 +1,40 @@
+"""Repairs that only MLX 0.31.1 and 0.31.2 need. Later versions take MLX's own functions.
+
+Delete this file, and the two names imported from it, when 0.32.0 is the oldest version served.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ..core.versions import MOVED_SHAPE_BUG, SELECT_JVP_BUG
+
+
+def _tied_matmul(a: mx.array, b: mx.array) -> mx.array:
+    """`a @ b` for equal batch dimensions, both operands mapped wherever one of them is.
+
+    On 0.31.1 the batching rule of matmul broadcasts an unmapped operand into a node that cannot
+    be transformed once more. An element-wise sum with a zero that depends on the other operand
+    maps it first; element-wise broadcasting is not touched by the bug.
+    """
+    return mx.matmul(a + _zero(b, a.dtype), b + _zero(a, b.dtype))
+
+
+def _zero(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    corner = mx.stop_gradient(x[(slice(0, 1),) * x.ndim])
+    # `x * 0` would be NaN for an infinite x.
+    return mx.logical_and(mx.isnan(corner), mx.array(False)).astype(dtype)
+
+
+def _bounded_keep(keep: mx.array, scores: mx.array, floor: float) -> mx.array:
+    """`where(keep, scores, floor)` without a traced branch of `where`, whose jvp crashes."""
+    bound = mx.where(mx.stop_gradient(keep), mx.array(float("inf")), mx.array(floor))
+    return mx.minimum(scores, bound.astype(scores.dtype))
+
+
+def _where_keep(keep: mx.array, scores: mx.array, floor: float) -> mx.array:
+    return mx.where(keep, scores, mx.array(floor, scores.dtype))
+
+
+matmul = _tied_matmul if MOVED_SHAPE_BUG else mx.matmul
+keep_where = _bounded_keep if SELECT_JVP_BUG else _where_keep

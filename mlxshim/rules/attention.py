@@ -1,0 +1,449 @@
+"""Scaled dot-product attention: `mx.fast.scaled_dot_product_attention`.
+
+    O = softmax(scale * Q K^T + mask) V              Q: (B, H, Lq, D)   K: (B, Hkv, Lk, D)
+                                                     V: (B, Hkv, Lk, Dv), Hkv divides H
+
+Source: mlx/fast.cpp (arguments, the decomposition), mlx/backend/cuda/scaled_dot_product_attention.*
+and mlx/backend/metal/scaled_dot_product_attention.cpp (when a kernel is fused). Sharing K/V by
+folding queries into the heads of a group: Ainslie et al., "GQA", 2023.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from ..core import levels
+from ..core.interception import intercept, original
+from ..core.primitive import Arrays, Axes, Primitive
+from ._mlx_0_31 import keep_where, matmul
+
+_FLOATS = {mx.float32, mx.float16, mx.bfloat16}
+_FLOOR = {t: mx.finfo(t).min for t in _FLOATS}
+
+
+# The call --------------------------------------------------------------------------------------
+
+
+@intercept(mx.fast, "scaled_dot_product_attention")
+def scaled_dot_product_attention(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    scale: float,
+    mask: Any = None,
+    sinks: mx.array | None = None,
+    stream: Any = None,
+    **newer: Any,
+) -> mx.array:
+    stack = levels.active()
+    # Only keywords that change something: an explicit default is no request.
+    newer = {name: value for name, value in newer.items() if value}
+    batched = "vmap" in stack
+    plain_grad = not batched and stack == ["grad"]
+    if plain_grad and not (_gpu(stream) and (isinstance(mask, mx.array) or sinks is not None)):
+        # MLX's own node and derivative: nothing to gain by standing in between.
+        return _raw(q, k, v, scale=scale, mask=mask, sinks=sinks, stream=stream, **newer)
+    _check(q, k, v, scale, mask, sinks, newer)
+
+    arrays = [q, k, v]
+    dtype = q.dtype
+    if k.dtype != dtype or v.dtype != dtype:
+        dtype = mx.result_type(q, k, v)
+        arrays = [x.astype(dtype) for x in arrays]
+    has_mask = isinstance(mask, mx.array)
+    if has_mask:
+        arrays.append(mask if mask.dtype in (dtype, mx.bool_) else mask.astype(dtype))
+    if sinks is not None:
+        arrays.append(sinks.astype(dtype))
+    static = {
+        "scale": float(scale),
+        "causal": mask == "causal" if isinstance(mask, str) else False,
+        "has_mask": has_mask,
+    }
+    if stream is not None:
+        with mx.stream(stream):
+            return _dispatch(arrays, static, stack, newer)
+    return _dispatch(arrays, static, stack, newer)
+
+
+def _dispatch(
+    arrays: list[mx.array], static: dict[str, Any], stack: list[Any], newer: dict[str, Any]
+) -> mx.array:
+    if newer or ("vmap" in stack and _fuses(arrays, static, stack)):
+        return attention(*arrays, **static, **newer)[0]
+    if stack == ["grad"]:
+        return attention.differentiable(*arrays, **static)[0]
+    # No kernel to reach, or a derivative that no kernel has: MLX's own operations, whose
+    # transforms keep the probabilities instead of computing them twice.
+    return decompose(*arrays, **static)[0]
+
+
+def _raw(*args: Any, **kwargs: Any) -> mx.array:
+    return original(mx.fast, "scaled_dot_product_attention")(*args, **kwargs)
+
+
+def _check(
+    q: Any, k: Any, v: Any, scale: Any, mask: Any, sinks: Any, newer: dict[str, Any]
+) -> None:
+    """Refuse at the call what MLX refuses, in MLX's own words where it has them."""
+    ok = isinstance(q, mx.array) and isinstance(k, mx.array) and isinstance(v, mx.array)
+    if ok:
+        qs, ks, vs = q.shape, k.shape, v.shape
+        ok = (
+            len(qs) == len(ks) == len(vs) == 4
+            and qs[0] == ks[0] == vs[0]
+            and qs[3] == ks[3]
+            and ks[1:3] == vs[1:3]
+            and ks[1] > 0
+            and qs[1] % ks[1] == 0
+            and q.dtype in _FLOATS
+            and k.dtype in _FLOATS
+            and v.dtype in _FLOATS
+            and isinstance(scale, (int, float))
+            and (mask is None or _mask_fits(mask, q, k, v))
+            and (sinks is None or _sinks_fit(sinks, q, k, v))
+        )
+    if not ok:
+        _raw(q, k, v, scale=scale, mask=mask, sinks=sinks, **newer)
+        shapes = ", ".join(str(getattr(x, "shape", type(x).__name__)) for x in (q, k, v))
+        described = mask if mask is None or isinstance(mask, str) else mask.shape
+        raise ValueError(
+            f"[scaled_dot_product_attention] cannot take queries, keys and values of shapes {shapes}"
+            f" with mask {described} and sinks {getattr(sinks, 'shape', sinks)}."
+        )
+
+
+def _mask_fits(mask: Any, q: mx.array, k: mx.array, v: mx.array) -> bool:
+    if isinstance(mask, str):
+        return mask in ("", "causal")
+    if not isinstance(mask, mx.array) or mask.ndim > 4 or not _promotes(mask, q, k, v):
+        return False
+    full = (*q.shape[:3], k.shape[2])
+    return all(m in (1, n) for m, n in zip(reversed(mask.shape), reversed(full)))
+
+
+def _sinks_fit(sinks: Any, q: mx.array, k: mx.array, v: mx.array) -> bool:
+    return (
+        isinstance(sinks, mx.array)
+        and sinks.shape == (q.shape[1],)
+        and _promotes(sinks, q, k, v)
+    )
+
+
+def _promotes(x: mx.array, q: mx.array, k: mx.array, v: mx.array) -> bool:
+    final = mx.result_type(q, k, v)
+    return x.dtype == final or x.dtype == mx.bool_ or mx.result_type(x, q, k, v) == final
+
+
+# What the device has ---------------------------------------------------------------------------
+
+
+def _gpu(stream: Any = None) -> bool:
+    device = mx.default_device() if stream is None else getattr(stream, "device", stream)
+    return device.type == mx.gpu if isinstance(device, mx.Device) else device == mx.gpu
+
+
+def _fuses(arrays: list[mx.array], static: dict[str, Any], stack: list[Any]) -> bool:
+    """Whether the batch written by hand would reach a fused kernel, forward and backward.
+
+    A wrong answer costs speed, never correctness.
+    """
+    if "jvp" in stack or stack.count("grad") > 1 or not _gpu():
+        return False  # tangents and second derivatives are decomposed everywhere
+    training = "grad" in stack
+    if mx.metal.is_available():
+        return not training  # Metal trains unfused by design
+    q, k, v = arrays[:3]
+    length, dim, value_dim = q.shape[2], q.shape[3], v.shape[3]
+    if training and length % 128 != 0:
+        return False
+    if static["causal"] and length > k.shape[2]:
+        return False
+    if q.dtype != mx.float32:
+        return dim % 8 == 0 and dim <= 128 and value_dim % 8 == 0 and value_dim <= 128
+    return length < 4 and dim == value_dim and dim in (64, 96, 128) and not static["has_mask"]
+
+
+# The decomposition -----------------------------------------------------------------------------
+
+
+def decompose(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *rest: mx.array,
+    scale: float,
+    causal: bool,
+    has_mask: bool,
+    **newer: Any,
+) -> list[mx.array]:
+    """Attention in plain operations; the queries of a group share K/V as rows of one matmul.
+
+    So both matmuls have equal batch dimensions: no broadcast, no repeated K/V.
+    """
+    batch, heads, q_length, dim = q.shape
+    kv_heads, k_length = k.shape[1], k.shape[2]
+    grouped = heads != kv_heads
+    q = q * scale
+    if grouped:
+        q = mx.reshape(q, (batch, kv_heads, -1, dim))
+    scores = matmul(q, mx.swapaxes(k, -1, -2))
+    if not (causal or rest):
+        out = matmul(mx.softmax(scores, axis=-1, precise=True), v)
+    else:
+        if grouped:
+            scores = mx.reshape(scores, (batch, heads, q_length, k_length))
+        probs = _masked_softmax(scores, rest, causal, has_mask)
+        if grouped:
+            probs = mx.reshape(probs, (batch, kv_heads, -1, k_length))
+        out = matmul(probs, v)
+    return [mx.reshape(out, (batch, heads, q_length, -1)) if grouped else out]
+
+
+def _masked_softmax(
+    scores: mx.array, rest: tuple[mx.array, ...], causal: bool, has_mask: bool
+) -> mx.array:
+    heads, q_length, k_length = scores.shape[1:]
+    floor = _FLOOR[scores.dtype]
+    if causal:
+        rows = mx.arange(k_length - q_length, k_length)[:, None]
+        scores = keep_where(rows >= mx.arange(k_length)[None], scores, floor)
+    elif has_mask:
+        mask = rest[0]
+        scores = keep_where(mask, scores, floor) if mask.dtype == mx.bool_ else scores + mask
+    if len(rest) == has_mask:
+        return mx.softmax(scores, axis=-1, precise=True)
+    # A sink is one more key with a score of its own and no value.
+    sink = mx.broadcast_to(mx.reshape(rest[-1], (heads, 1, 1)), (*scores.shape[:3], 1))
+    return mx.softmax(mx.concatenate([sink, scores], axis=-1), axis=-1, precise=True)[..., 1:]
+
+
+# The lowerings ---------------------------------------------------------------------------------
+
+
+def _fused(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *rest: mx.array,
+    scale: float,
+    causal: bool,
+    has_mask: bool,
+    **newer: Any,
+) -> list[mx.array]:
+    mask = rest[0] if has_mask else "causal" if causal else None
+    sinks = rest[-1] if len(rest) > has_mask else None
+    return [_raw(q, k, v, scale=scale, mask=mask, sinks=sinks, **newer)]
+
+
+def _fused_vjp(
+    q: mx.array, k: mx.array, v: mx.array, *rest: mx.array, **static: Any
+) -> list[mx.array]:
+    *rest, cotangent = rest
+    # The sum of the outputs has a cotangent of stride zero, which the kernel does not take.
+    cotangent = mx.contiguous(cotangent)
+    return mx.vjp(lambda *qkv: _fused(*qkv, *rest, **static), [q, k, v], [cotangent])[1]
+
+
+# The batching rules ----------------------------------------------------------------------------
+
+
+def _batch(
+    size: int, arrays: Arrays, axes: Axes, **static: Any
+) -> tuple[list[mx.array], list[int]]:
+    mapped_k, mapped_v = axes[1] is not None, axes[2] is not None
+    if not mapped_k and not mapped_v:
+        fold = _share_by_length if _rows_are_free(arrays, axes, **static) else _share_by_group
+        return fold(size, arrays, axes, **static)
+    if mapped_k != mapped_v and _sample_shape(arrays[0], axes[0])[0] != 1:
+        # One of K and V would have to be copied for each sample to be a batch of the kernel.
+        in_axes = list(axes)
+        mapped = mx.vmap(lambda *xs: decompose(*xs, **static), in_axes=in_axes)
+        return mapped(*arrays), [0]
+    if _sinks_mapped(axes, static["has_mask"]):
+        folded = _fold_into_heads(size, arrays, axes, static["has_mask"])
+        return [_unfold(attention(*folded, **static)[0], 1, size)], [1]
+    folded = _fold_into_batch(size, arrays, axes, static["has_mask"])
+    return [_unfold(attention(*folded, **static)[0], 0, size)], [0]
+
+
+def _batch_vjp(
+    size: int, arrays: Arrays, axes: Axes, **static: Any
+) -> tuple[list[mx.array], list[int]]:
+    """All gradients are per sample, so an unmapped q, k or v is one sample's worth for each."""
+    *primals, cotangent = arrays
+    *primal_axes, cotangent_axis = axes
+    has_mask = static["has_mask"]
+    heads = _sinks_mapped(primal_axes, has_mask)
+    dim = 1 if heads else 0
+    fold = _fold_into_heads if heads else _fold_into_batch
+    folded = fold(size, primals, primal_axes, has_mask)
+    folded[:3] = [
+        mx.contiguous(x) if axis is None else x for x, axis in zip(folded[:3], primal_axes)
+    ]
+    grads = attention_vjp(*folded, _fold(cotangent, cotangent_axis, size, dim), **static)
+    return [_unfold(g, dim, size) for g in grads], [dim] * 3
+
+
+def _sample_shape(x: mx.array, axis: int | None) -> tuple[int, ...]:
+    return tuple(n for i, n in enumerate(x.shape) if i != axis)
+
+
+def _sinks_mapped(axes: Axes, has_mask: bool) -> bool:
+    return len(axes) > 3 + has_mask and axes[-1] is not None
+
+
+def _rows_are_free(arrays: Arrays, axes: Axes, causal: bool, has_mask: bool, **_: Any) -> bool:
+    """Whether samples can be further query rows: no row's weights depend on where it stands."""
+    if (causal and _sample_shape(arrays[0], axes[0])[2] > 1) or _sinks_mapped(axes, has_mask):
+        return False
+    if not has_mask or axes[3] is not None:
+        return True
+    mask = arrays[3]
+    return mask.ndim < 2 or mask.shape[-2] == 1
+
+
+def _share_by_length(
+    size: int, arrays: Arrays, axes: Axes, *, causal: bool, has_mask: bool, **static: Any
+) -> tuple[list[mx.array], list[int]]:
+    """One K/V, all samples' queries as rows: (B, H, N * Lq, D)."""
+    q, k, v, *rest = arrays
+    folded = _fold(q, axes[0], size, 2)
+    if has_mask and axes[3] is not None:
+        mask = _mask_front(rest[0], axes[3])  # (N, b, h, lq, Lk)
+        rows = folded.shape[2] // size
+        mask = mx.broadcast_to(mask, (*mask.shape[:3], rows, mask.shape[4]))
+        rest[0] = mx.flatten(mx.moveaxis(mask, 0, 2), 2, 3)
+    # causal here means one row that sees every key.
+    out = attention(folded, k, v, *rest, causal=False, has_mask=has_mask, **static)[0]
+    return [_unfold(out, 2, size)], [2]
+
+
+def _share_by_group(
+    size: int, arrays: Arrays, axes: Axes, *, has_mask: bool, **static: Any
+) -> tuple[list[mx.array], list[int]]:
+    """One K/V, samples as further heads of each group: (B, Hkv * N * G, Lq, D)."""
+    q, k, v, *rest = arrays
+    kv_heads = k.shape[1]
+
+    def regroup(x: mx.array, axis: int) -> mx.array:  # (.., N, H, ..) -> (.., Hkv * N * G, ..)
+        x = mx.unflatten(x, axis + 1, (kv_heads, -1))
+        return mx.flatten(mx.swapaxes(x, axis, axis + 1), axis, axis + 2)
+
+    queries = regroup(_to(q, axes[0], size, 1), 1)
+    heads = queries.shape[1] // size
+    if has_mask:
+        mask = _mask_front(rest[0], axes[3])
+        if axes[3] is not None or mask.shape[2] != 1:
+            mask = mx.broadcast_to(mask, (size, mask.shape[1], heads, *mask.shape[3:]))
+            rest[0] = regroup(mx.moveaxis(mask, 0, 1), 1)
+        # else one mask for all heads serves the further ones too
+    if len(rest) > has_mask:
+        rest[-1] = regroup(_to(rest[-1], axes[-1], size, 0), 0)
+    out = attention(queries, k, v, *rest, has_mask=has_mask, **static)[0]
+    out = mx.unflatten(out, 1, (kv_heads, size, -1))
+    return [mx.flatten(mx.moveaxis(out, 2, 0), 2, 3)], [0]
+
+
+def _fold_into_batch(size: int, arrays: Arrays, axes: Axes, has_mask: bool) -> list[mx.array]:
+    """(N, B, ...) -> (N * B, ...) for every array; sinks are unmapped and stay."""
+    folded = [_fold(x, axis, size, 0) for x, axis in zip(arrays[:3], axes)]
+    rest = list(arrays[3:])
+    if has_mask:
+        batch = folded[0].shape[0] // size
+        mask = _mask_front(rest[0], axes[3])
+        if axes[3] is None and mask.shape[1] == 1:
+            mask = mask[0]
+        else:
+            shape = (size, batch, *mask.shape[2:])
+            mask = mx.flatten(mx.broadcast_to(mask, shape), 0, 1)
+        rest[0] = mask
+    return folded + rest
+
+
+def _fold_into_heads(size: int, arrays: Arrays, axes: Axes, has_mask: bool) -> list[mx.array]:
+    """(B, N, H, ...) -> (B, N * H, ...): sinks belong to heads, so mapped ones need this."""
+    folded = [_fold(x, axis, size, 1) for x, axis in zip(arrays[:3], axes)]
+    rest = list(arrays[3:])
+    if has_mask:
+        heads = folded[0].shape[1] // size
+        mask = _mask_front(rest[0], axes[3])
+        if axes[3] is None and mask.shape[2] == 1:
+            mask = mask[0]
+        else:
+            mask = mx.broadcast_to(mask, (size, mask.shape[1], heads, *mask.shape[3:]))
+            mask = mx.flatten(mx.moveaxis(mask, 0, 1), 1, 2)
+        rest[0] = mask
+    rest[-1] = _fold(rest[-1], axes[-1], size, 0)
+    return folded + rest
+
+
+def _mask_front(mask: mx.array, axis: int | None) -> mx.array:
+    """The mask as (N or 1, b, h, lq, lk), each of the last four its own size or 1."""
+    mask = mx.expand_dims(mask, 0) if axis is None else mx.moveaxis(mask, axis, 0)
+    missing = 5 - mask.ndim
+    return mx.expand_dims(mask, tuple(range(1, 1 + missing))) if missing else mask
+
+
+def _to(x: mx.array, axis: int | None, size: int, dim: int) -> mx.array:
+    """`x` with its mapped axis at `dim`; an unmapped one is a view, repeated with stride zero."""
+    if axis is None:
+        shape = (*x.shape[:dim], size, *x.shape[dim:])
+        return mx.broadcast_to(mx.expand_dims(x, dim), shape)
+    return x if axis == dim else mx.moveaxis(x, axis, dim)
+
+
+def _fold(x: mx.array, axis: int | None, size: int, dim: int) -> mx.array:
+    return mx.flatten(_to(x, axis, size, dim), dim, dim + 1)
+
+
+def _unfold(x: mx.array, dim: int, size: int) -> mx.array:
+    return mx.unflatten(x, dim, (size, -1))
+
+
+# The vjp rule ----------------------------------------------------------------------------------
+
+
+def _vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays, **static: Any) -> list[mx.array]:
+    q, k, v, *rest = primals
+    grads = attention_vjp(*primals, cotangents[0], **static)
+    if not rest:
+        return grads
+    # No kernel gives these; the graph is lazy, so they cost nothing to those who do not ask.
+    wanted = [i for i, x in enumerate(rest) if x.dtype != mx.bool_]
+
+    def of_rest(*xs: mx.array) -> list[mx.array]:
+        full = list(rest)
+        for i, x in zip(wanted, xs):
+            full[i] = x
+        return decompose(q, k, v, *full, **static)
+
+    others = [mx.zeros_like(x) for x in rest]
+    if wanted:
+        found = mx.vjp(of_rest, [rest[i] for i in wanted], list(cotangents))[1]
+        for i, g in zip(wanted, found):
+            others[i] = g
+    return grads + others
+
+
+def _decomposed_vjp(*arrays: mx.array, **static: Any) -> list[mx.array]:
+    q, k, v, *rest, cotangent = arrays
+    return mx.vjp(lambda *qkv: decompose(*qkv, *rest, **static), [q, k, v], [cotangent])[1]
+
+
+attention = Primitive(
+    "scaled_dot_product_attention",
+    decomposition=decompose,
+    lowering=_fused,
+    batch=_batch,
+    vjp=_vjp,
+)
+attention_vjp = Primitive(
+    "scaled_dot_product_attention_vjp",
+    decomposition=_decomposed_vjp,
+    lowering=_fused_vjp,
+    batch=_batch_vjp,
+)

@@ -1,0 +1,1 @@
+"""The transforms: MLX's own, wrapped so that every rule takes part."""
