@@ -1,8 +1,8 @@
 """mlxshim: `vmap` and `grad` over MLX that mean what they say.
 
-    from mlxshim import vmap, grad
+from mlxshim import vmap, grad
 
-    per_sample = vmap(grad(loss), in_axes=(None, 0, 0))
+per_sample = vmap(grad(loss), in_axes=(None, 0, 0))
 """
 
 from . import rules as _rules  # noqa: F401  (registers the interceptions)

@@ -15,7 +15,7 @@ Path = tuple[Any, ...]
 
 
 def children(node: Any) -> list[tuple[Any, Any]] | None:
-    """The (key, child) pairs of a container, in the order in which it is rebuilt; None for a leaf."""
+    """The (key, child) pairs of a container, in the order of rebuilding; None for a leaf."""
     if isinstance(node, (list, tuple)):
         return list(enumerate(node))
     if isinstance(node, dict):

@@ -111,8 +111,8 @@ def _check(
         shapes = ", ".join(str(getattr(x, "shape", type(x).__name__)) for x in (q, k, v))
         described = mask if mask is None or isinstance(mask, str) else mask.shape
         raise ValueError(
-            f"[scaled_dot_product_attention] cannot take queries, keys and values of shapes {shapes}"
-            f" with mask {described} and sinks {getattr(sinks, 'shape', sinks)}."
+            f"[scaled_dot_product_attention] cannot take queries, keys and values of shapes "
+            f"{shapes} with mask {described} and sinks {getattr(sinks, 'shape', sinks)}."
         )
 
 
@@ -127,9 +127,7 @@ def _mask_fits(mask: Any, q: mx.array, k: mx.array, v: mx.array) -> bool:
 
 def _sinks_fit(sinks: Any, q: mx.array, k: mx.array, v: mx.array) -> bool:
     return (
-        isinstance(sinks, mx.array)
-        and sinks.shape == (q.shape[1],)
-        and _promotes(sinks, q, k, v)
+        isinstance(sinks, mx.array) and sinks.shape == (q.shape[1],) and _promotes(sinks, q, k, v)
     )
 
 
@@ -260,8 +258,7 @@ def _batch(
         return fold(size, arrays, axes, **static)
     if mapped_k != mapped_v and _sample_shape(arrays[0], axes[0])[0] != 1:
         # One of K and V would have to be copied for each sample to be a batch of the kernel.
-        in_axes = list(axes)
-        mapped = mx.vmap(lambda *xs: decompose(*xs, **static), in_axes=in_axes)
+        mapped = mx.vmap(lambda *xs: decompose(*xs, **static), in_axes=tuple(axes))
         return mapped(*arrays), [0]
     if _sinks_mapped(axes, static["has_mask"]):
         folded = _fold_into_heads(size, arrays, axes, static["has_mask"])

@@ -143,8 +143,8 @@ class _Inputs:
         arrays, axes = self.arrays, self.axes
         if not arrays:
             raise ValueError(
-                "[vmap] Nothing is mapped: at least one of in_axes must be non-None for an argument "
-                "that holds an array."
+                "[vmap] Nothing is mapped: at least one of in_axes must be non-None for an "
+                "argument that holds an array."
             )
         size = arrays[0].shape[axes[0]]
         if any(x.shape[a] != size for x, a in zip(arrays, axes)):
@@ -219,8 +219,8 @@ class _Outputs:
             if not isinstance(leaf, mx.array):
                 where = _path(path)
                 raise ValueError(
-                    f"[vmap] The function must return arrays; its output{where} is {leaf!r} of type "
-                    f"{type(leaf).__name__}."
+                    f"[vmap] The function must return arrays; its output{where} is {leaf!r} of "
+                    f"type {type(leaf).__name__}."
                 )
             if axis is None:
                 self.shared[len(arrays)] = leaf

@@ -1,0 +1,18 @@
+"""What every test shares: a fixed seed, and interception found undone after each."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from mlxshim.core import interception, levels
+
+
+@pytest.fixture(autouse=True)
+def _undone():
+    mx.random.seed(0)
+    before = mx.fast.scaled_dot_product_attention
+    yield
+    assert not interception.in_place()
+    assert levels.active() == []
+    assert mx.fast.scaled_dot_product_attention is before
