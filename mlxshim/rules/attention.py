@@ -19,8 +19,7 @@ from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ._mlx_0_31 import keep_where, matmul
 
-_FLOATS = {mx.float32, mx.float16, mx.bfloat16}
-_FLOOR = {t: mx.finfo(t).min for t in _FLOATS}
+_FLOOR = {t: mx.finfo(t).min for t in (mx.float64, mx.float32, mx.float16, mx.bfloat16)}
 
 
 # The call --------------------------------------------------------------------------------------
@@ -51,7 +50,7 @@ def scaled_dot_product_attention(
     arrays = [q, k, v]
     dtype = q.dtype
     if k.dtype != dtype or v.dtype != dtype:
-        dtype = mx.result_type(q, k, v)
+        dtype = _promoted(q, k, v)
         arrays = [x.astype(dtype) for x in arrays]
     has_mask = isinstance(mask, mx.array)
     if has_mask:
@@ -99,9 +98,7 @@ def _check(
             and ks[1:3] == vs[1:3]
             and ks[1] > 0
             and qs[1] % ks[1] == 0
-            and q.dtype in _FLOATS
-            and k.dtype in _FLOATS
-            and v.dtype in _FLOATS
+            and _promoted(q, k, v) is not None
             and isinstance(scale, (int, float))
             and (mask is None or _mask_fits(mask, q, k, v))
             and (sinks is None or _sinks_fit(sinks, q, k, v))
@@ -132,8 +129,18 @@ def _sinks_fit(sinks: Any, q: mx.array, k: mx.array, v: mx.array) -> bool:
 
 
 def _promotes(x: mx.array, q: mx.array, k: mx.array, v: mx.array) -> bool:
-    final = mx.result_type(q, k, v)
-    return x.dtype == final or x.dtype == mx.bool_ or mx.result_type(x, q, k, v) == final
+    return _promoted(x, q, k, v) == _promoted(q, k, v)
+
+
+def _promoted(*arrays: mx.array) -> mx.Dtype | None:
+    """The floating dtype that MLX computes in, None if there is none (no `result_type` in 0.31)."""
+    dtypes = {x.dtype for x in arrays}
+    if mx.complex64 in dtypes:
+        return None
+    floating = dtypes & _FLOOR.keys()
+    if len(floating) < 2:
+        return next(iter(floating), None)
+    return mx.float64 if mx.float64 in floating else mx.float32
 
 
 # What the device has ---------------------------------------------------------------------------
@@ -214,9 +221,16 @@ def _masked_softmax(
         scores = keep_where(mask, scores, floor) if mask.dtype == mx.bool_ else scores + mask
     if len(rest) == has_mask:
         return mx.softmax(scores, axis=-1, precise=True)
-    # A sink is one more key with a score of its own and no value.
-    sink = mx.broadcast_to(mx.reshape(rest[-1], (heads, 1, 1)), (*scores.shape[:3], 1))
-    return mx.softmax(mx.concatenate([sink, scores], axis=-1), axis=-1, precise=True)[..., 1:]
+    # A sink is one more key, with a score of its own and no value. Written out rather than
+    # concatenated: the derivatives of a concatenated score crash in 0.31.1.
+    sink = mx.reshape(rest[-1], (heads, 1, 1))
+    dtype = scores.dtype
+    if dtype.size < 4:
+        scores, sink = scores.astype(mx.float32), sink.astype(mx.float32)
+    top = mx.stop_gradient(mx.maximum(mx.max(scores, axis=-1, keepdims=True), sink))
+    weights = mx.exp(scores - top)
+    total = mx.sum(weights, axis=-1, keepdims=True) + mx.exp(sink - top)
+    return (weights / total).astype(dtype)
 
 
 # The lowerings ---------------------------------------------------------------------------------
