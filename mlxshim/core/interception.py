@@ -86,7 +86,6 @@ def in_place() -> bool:
 def intercepted(fun: Callable[..., Any]) -> Callable[..., Any]:
     """`fun`, run with every registered interception in place; undone on every way out."""
 
-    @functools.wraps(fun)
     def scoped(*args: Any, **kwargs: Any) -> Any:
         _enter()
         try:
@@ -94,7 +93,8 @@ def intercepted(fun: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             _leave()
 
-    return scoped
+    # mx.grad(f) is a callable of MLX's without a name: then there is nothing to copy.
+    return functools.update_wrapper(scoped, fun, updated=())
 
 
 def _enter() -> None:

@@ -7,7 +7,6 @@ levels *around* the transform it serves, and an empty stack at the outermost one
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable
 from typing import Literal, TypeVar
@@ -32,7 +31,7 @@ def active() -> list[Kind]:
 def at_level(kind: Kind, fun: Callable[..., R]) -> Callable[..., R]:
     """`fun`, run one level of `kind` deeper; the level is popped on every way out."""
 
-    @functools.wraps(fun, updated=())
+    # Bare on purpose: this runs at every trace, and nobody but a transform sees it.
     def traced(*args: object, **kwargs: object) -> R:
         stack = _levels.stack
         stack.append(kind)

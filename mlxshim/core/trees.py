@@ -29,7 +29,7 @@ def rebuild(node: Any, values: list[Any]) -> Any:
         if type(node) is dict:
             return dict(zip(node, values))
         new = copy.copy(node)  # an OrderedDict, a defaultdict, an nn.Module: keeps what it carries
-        new.update(dict(zip(node, values)))
+        dict.update(new, zip(node, values))  # nn.Module.update means something else
         return new
     if isinstance(node, tuple):
         return type(node)(*values) if hasattr(node, "_fields") else type(node)(values)

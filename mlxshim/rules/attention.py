@@ -134,6 +134,9 @@ def _promotes(x: mx.array, q: mx.array, k: mx.array, v: mx.array) -> bool:
 
 def _promoted(*arrays: mx.array) -> mx.Dtype | None:
     """The floating dtype that MLX computes in, None if there is none (no `result_type` in 0.31)."""
+    first = arrays[0].dtype
+    if first in _FLOOR and all(x.dtype == first for x in arrays):
+        return first
     dtypes = {x.dtype for x in arrays}
     if mx.complex64 in dtypes:
         return None
@@ -214,8 +217,8 @@ def _masked_softmax(
     heads, q_length, k_length = scores.shape[1:]
     floor = _FLOOR[scores.dtype]
     if causal:
-        rows = mx.arange(k_length - q_length, k_length)[:, None]
-        scores = keep_where(rows >= mx.arange(k_length)[None], scores, floor)
+        past = mx.tri(q_length, k_length, k_length - q_length, dtype=mx.bool_)
+        scores = keep_where(past, scores, floor)
     elif has_mask:
         mask = rest[0]
         scores = keep_where(mask, scores, floor) if mask.dtype == mx.bool_ else scores + mask

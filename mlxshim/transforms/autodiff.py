@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from types import NoneType
 from typing import Any
 
 import mlx.core as mx
@@ -47,13 +48,16 @@ def value_and_grad(
 
     Source: mlx/transforms.cpp, `value_and_grad`; tuples of argnums and has_aux after JAX.
     """
-    _check_argnums(argnums)
+    body = at_level("grad", _with_aux(fun) if has_aux else fun)
+    if _is_mlx_form(argnums):
+        return functools.wraps(fun, updated=())(
+            intercepted(mx.value_and_grad(body, argnums, argnames))
+        )
 
     @functools.wraps(fun, updated=())
     @intercepted
     def differentiated(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         numbers, restore = _resolve(argnums, len(args))
-        body = at_level("grad", _with_aux(fun) if has_aux else fun)
         value, grads = mx.value_and_grad(body, numbers, argnames)(*args, **kwargs)
         return value, restore(grads)
 
@@ -81,16 +85,16 @@ def grad(
         >>> grad(lambda x: x**3)(mx.array(2.0))
         array(12, dtype=float32)
     """
-    _check_argnums(argnums)
+    body = at_level("grad", _with_aux(fun) if has_aux else fun)
+    if _is_mlx_form(argnums) and not has_aux:
+        return functools.wraps(fun, updated=())(intercepted(mx.grad(body, argnums, argnames)))
 
     @functools.wraps(fun, updated=())
     @intercepted
     def differentiated(*args: Any, **kwargs: Any) -> Any:
         numbers, restore = _resolve(argnums, len(args))
         if not has_aux:
-            body = at_level("grad", fun)
             return restore(mx.grad(body, numbers, argnames)(*args, **kwargs))
-        body = at_level("grad", _with_aux(fun))
         (_, aux), grads = mx.value_and_grad(body, numbers, argnames)(*args, **kwargs)
         return restore(grads), aux
 
@@ -149,15 +153,17 @@ def jvp(
     return mx.jvp(at_level("jvp", fun), primals, tangents)  # pyright: ignore[reportReturnType]
 
 
-def _check_argnums(argnums: Argnums) -> None:
-    numbers = () if argnums is None else (argnums,) if isinstance(argnums, int) else argnums
-    if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+def _is_mlx_form(argnums: Argnums) -> bool:
+    """Whether MLX takes and answers these argnums as they are, for any number of arguments."""
+    several = (argnums,) if argnums is None or isinstance(argnums, int) else tuple(argnums)
+    if any(not isinstance(n, (int, NoneType)) or isinstance(n, bool) for n in several):
         raise ValueError(f"[grad] argnums must be an int or several, found {argnums!r}.")
+    return argnums is None or (isinstance(argnums, int) and argnums >= 0)
 
 
 def _resolve(argnums: Argnums, count: int) -> tuple[Any, Callable[[Any], Any]]:
     """argnums as MLX takes them, and how to bring its gradients into the caller's form."""
-    if argnums is None or (type(argnums) is int and argnums >= 0):
+    if argnums is None:
         return argnums, _as_they_are
     several = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     numbers = [n + count if n < 0 else n for n in several]
