@@ -33,7 +33,7 @@ def _bounded_keep(keep: mx.array, scores: mx.array, floor: float) -> mx.array:
 
 
 def _where_keep(keep: mx.array, scores: mx.array, floor: float) -> mx.array:
-    return mx.where(keep, scores, mx.array(floor, scores.dtype))
+    return mx.where(keep, scores, floor)
 
 
 matmul = _tied_matmul if MOVED_SHAPE_BUG else mx.matmul

@@ -38,30 +38,23 @@ def scaled_dot_product_attention(
     **newer: Any,
 ) -> mx.array:
     stack = levels.active()
-    # Only keywords that change something: an explicit default is no request.
-    newer = {name: value for name, value in newer.items() if value}
-    batched = "vmap" in stack
-    plain_grad = not batched and stack == ["grad"]
-    if plain_grad and not (_gpu(stream) and (isinstance(mask, mx.array) or sinks is not None)):
+    has_mask = isinstance(mask, mx.array)
+    if stack == ["grad"] and not ((has_mask or sinks is not None) and _gpu(stream)):
         # MLX's own node and derivative: nothing to gain by standing in between.
         return _raw(q, k, v, scale=scale, mask=mask, sinks=sinks, stream=stream, **newer)
-    _check(q, k, v, scale, mask, sinks, newer)
+    if newer:  # an explicit default is no request
+        newer = {name: value for name, value in newer.items() if value}
+    dtype = _check(q, k, v, scale, mask, sinks, newer)
 
     arrays = [q, k, v]
-    dtype = q.dtype
-    if k.dtype != dtype or v.dtype != dtype:
-        dtype = _promoted(q, k, v)
+    if not (q.dtype == k.dtype == v.dtype):
         arrays = [x.astype(dtype) for x in arrays]
-    has_mask = isinstance(mask, mx.array)
     if has_mask:
         arrays.append(mask if mask.dtype in (dtype, mx.bool_) else mask.astype(dtype))
     if sinks is not None:
         arrays.append(sinks.astype(dtype))
-    static = {
-        "scale": float(scale),
-        "causal": mask == "causal" if isinstance(mask, str) else False,
-        "has_mask": has_mask,
-    }
+    static = {"scale": float(scale), "causal": not has_mask and mask == "causal"}
+    static["has_mask"] = has_mask
     if stream is not None:
         with mx.stream(stream):
             return _dispatch(arrays, static, stack, newer)
@@ -86,50 +79,46 @@ def _raw(*args: Any, **kwargs: Any) -> mx.array:
 
 def _check(
     q: Any, k: Any, v: Any, scale: Any, mask: Any, sinks: Any, newer: dict[str, Any]
-) -> None:
-    """Refuse at the call what MLX refuses, in MLX's own words where it has them."""
-    ok = isinstance(q, mx.array) and isinstance(k, mx.array) and isinstance(v, mx.array)
-    if ok:
+) -> mx.Dtype:
+    """The dtype to compute in; what MLX refuses is refused here, in its words where it has any."""
+    if isinstance(q, mx.array) and isinstance(k, mx.array) and isinstance(v, mx.array):
         qs, ks, vs = q.shape, k.shape, v.shape
-        ok = (
+        dtype = _promoted(q, k, v)
+        if (
             len(qs) == len(ks) == len(vs) == 4
             and qs[0] == ks[0] == vs[0]
             and qs[3] == ks[3]
             and ks[1:3] == vs[1:3]
             and ks[1] > 0
             and qs[1] % ks[1] == 0
-            and _promoted(q, k, v) is not None
+            and dtype is not None
             and isinstance(scale, (int, float))
-            and (mask is None or _mask_fits(mask, q, k, v))
-            and (sinks is None or _sinks_fit(sinks, q, k, v))
-        )
-    if not ok:
-        _raw(q, k, v, scale=scale, mask=mask, sinks=sinks, **newer)
-        shapes = ", ".join(str(getattr(x, "shape", type(x).__name__)) for x in (q, k, v))
-        described = mask if mask is None or isinstance(mask, str) else mask.shape
-        raise ValueError(
-            f"[scaled_dot_product_attention] cannot take queries, keys and values of shapes "
-            f"{shapes} with mask {described} and sinks {getattr(sinks, 'shape', sinks)}."
-        )
-
-
-def _mask_fits(mask: Any, q: mx.array, k: mx.array, v: mx.array) -> bool:
-    if isinstance(mask, str):
-        return mask in ("", "causal")
-    if not isinstance(mask, mx.array) or mask.ndim > 4 or not _promotes(mask, q, k, v):
-        return False
-    full = (*q.shape[:3], k.shape[2])
-    return all(m in (1, n) for m, n in zip(reversed(mask.shape), reversed(full)))
-
-
-def _sinks_fit(sinks: Any, q: mx.array, k: mx.array, v: mx.array) -> bool:
-    return (
-        isinstance(sinks, mx.array) and sinks.shape == (q.shape[1],) and _promotes(sinks, q, k, v)
+            and (mask is None or _mask_fits(mask, (*qs[:3], ks[2]), dtype))
+            and (sinks is None or _sinks_fit(sinks, qs[1], dtype))
+        ):
+            return dtype
+    _raw(q, k, v, scale=scale, mask=mask, sinks=sinks, **newer)
+    shapes = ", ".join(str(getattr(x, "shape", type(x).__name__)) for x in (q, k, v))
+    raise ValueError(
+        f"[scaled_dot_product_attention] cannot take queries, keys and values of shapes {shapes} "
+        f"with mask {getattr(mask, 'shape', mask)} and sinks {getattr(sinks, 'shape', sinks)}."
     )
 
 
-def _promotes(x: mx.array, q: mx.array, k: mx.array, v: mx.array) -> bool:
-    return _promoted(x, q, k, v) == _promoted(q, k, v)
+def _mask_fits(mask: Any, full: tuple[int, ...], dtype: mx.Dtype) -> bool:
+    if isinstance(mask, str):
+        return mask == "causal"
+    if not isinstance(mask, mx.array) or mask.ndim > 4 or not _promotes(mask, dtype):
+        return False
+    return all(m in (1, n) for m, n in zip(reversed(mask.shape), reversed(full)))
+
+
+def _sinks_fit(sinks: Any, heads: int, dtype: mx.Dtype) -> bool:
+    return isinstance(sinks, mx.array) and sinks.shape == (heads,) and _promotes(sinks, dtype)
+
+
+def _promotes(x: mx.array, dtype: mx.Dtype) -> bool:
+    return x.dtype == dtype or _promoted(x, mx.zeros((), dtype)) == dtype
 
 
 def _promoted(*arrays: mx.array) -> mx.Dtype | None:

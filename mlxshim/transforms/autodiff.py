@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from types import NoneType
 from typing import Any
 
 import mlx.core as mx
@@ -155,10 +154,13 @@ def jvp(
 
 def _is_mlx_form(argnums: Argnums) -> bool:
     """Whether MLX takes and answers these argnums as they are, for any number of arguments."""
-    several = (argnums,) if argnums is None or isinstance(argnums, int) else tuple(argnums)
-    if any(not isinstance(n, (int, NoneType)) or isinstance(n, bool) for n in several):
+    several = (argnums,) if isinstance(argnums, int) else () if argnums is None else argnums
+    if isinstance(several, str) or any(type(n) is not int for n in several):
         raise ValueError(f"[grad] argnums must be an int or several, found {argnums!r}.")
-    return argnums is None or (isinstance(argnums, int) and argnums >= 0)
+    # A list is answered as MLX answers it; a tuple is JAX's.
+    return argnums is None or (
+        not isinstance(argnums, tuple) and all(n >= 0 for n in several)
+    )
 
 
 def _resolve(argnums: Argnums, count: int) -> tuple[Any, Callable[[Any], Any]]:
