@@ -384,7 +384,7 @@ def test_bad_shapes_are_refused_at_the_call(what, lowering):
     mask = None if mask is None else mx.random.normal(mask)
 
     def call(q, k, v):
-        with pytest.raises(ValueError, match="scaled_dot_product_attention|broadcast|matmul"):
+        with pytest.raises(ValueError, match=r"scaled_dot_product_attention|broadcast|matmul"):
             mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=mask)
         raise RuntimeError("reached")
 

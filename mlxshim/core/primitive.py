@@ -63,7 +63,7 @@ class Primitive:
         """Bind for plain reverse mode, with no vmap around: the lowering's value, our vjp rule."""
         return self._node(False, **static)(*arrays)
 
-    def _build_node(self, batched: bool, **static: Any) -> Callable[..., list[mx.array]]:
+    def _build_node(self, batched: bool, **static: Any) -> Callable[..., Any]:
         value = self.decomposition if batched else self.lowering
 
         def vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> list[mx.array]:

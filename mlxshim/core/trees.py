@@ -87,9 +87,10 @@ def map_with_prefix(
     if isinstance(tree, dict) != isinstance(prefix, dict) or len(below) != len(specs):
         raise PrefixError(path, prefix, tree)
     if isinstance(tree, dict):
-        if set(tree) != set(prefix):
+        by_key = dict(specs)
+        if set(tree) != set(by_key):
             raise PrefixError(path, prefix, tree)
-        specs = [(key, prefix[key]) for key in tree]
+        specs = [(key, by_key[key]) for key in tree]
     return rebuild(
         tree,
         [

@@ -11,7 +11,8 @@ def _parse(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
-MLX: tuple[int, ...] = _parse(mx.__version__)
+MLX_VERSION: str = mx.__version__  # pyright: ignore[reportAttributeAccessIssue]
+MLX: tuple[int, ...] = _parse(MLX_VERSION)
 
 OLDEST_TESTED = (0, 31, 1)
 NEWEST_TESTED = (0, 32, 4)

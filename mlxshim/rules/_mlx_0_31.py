@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from ..core import levels
 from ..core.versions import MOVED_SHAPE_BUG, SELECT_JVP_BUG
 
 
@@ -15,9 +16,12 @@ def _tied_matmul(a: mx.array, b: mx.array) -> mx.array:
 
     On 0.31.1 the batching rule of matmul broadcasts an unmapped operand into a node that cannot
     be transformed once more. An element-wise sum with a zero that depends on the other operand
-    maps it first; element-wise broadcasting is not touched by the bug.
+    maps it first; element-wise broadcasting is not touched by the bug. It copies both operands, so
+    it is done only where a further vmap or jvp will follow.
     """
-    return mx.matmul(a + _zero(b, a.dtype), b + _zero(a, b.dtype))
+    if sum(kind != "grad" for kind in levels.active()) > 1:
+        a, b = a + _zero(b, a.dtype), b + _zero(a, b.dtype)
+    return mx.matmul(a, b)
 
 
 def _zero(x: mx.array, dtype: mx.Dtype) -> mx.array:

@@ -244,9 +244,9 @@ def _fused(
 
 
 def _fused_vjp(
-    q: mx.array, k: mx.array, v: mx.array, *rest: mx.array, **static: Any
+    q: mx.array, k: mx.array, v: mx.array, *others: mx.array, **static: Any
 ) -> list[mx.array]:
-    *rest, cotangent = rest
+    *rest, cotangent = others
     # The sum of the outputs has a cotangent of stride zero, which the kernel does not take.
     cotangent = mx.contiguous(cotangent)
     return mx.vjp(lambda *qkv: _fused(*qkv, *rest, **static), [q, k, v], [cotangent])[1]
@@ -260,11 +260,11 @@ def _batch(
 ) -> tuple[list[mx.array], list[int]]:
     mapped_k, mapped_v = axes[1] is not None, axes[2] is not None
     if not mapped_k and not mapped_v:
-        fold = _share_by_length if _rows_are_free(arrays, axes, **static) else _share_by_group
-        return fold(size, arrays, axes, **static)
+        rows = _rows_are_free(arrays, axes, **static)
+        return (_share_by_length if rows else _share_by_group)(size, arrays, axes, **static)
     if mapped_k != mapped_v and _sample_shape(arrays[0], axes[0])[0] != 1:
         # One of K and V would have to be copied for each sample to be a batch of the kernel.
-        mapped = mx.vmap(lambda *xs: decompose(*xs, **static), in_axes=tuple(axes))
+        mapped: Any = mx.vmap(lambda *xs: decompose(*xs, **static), in_axes=tuple(axes))
         return mapped(*arrays), [0]
     if _sinks_mapped(axes, static["has_mask"]):
         folded = _fold_into_heads(size, arrays, axes, static["has_mask"])
@@ -434,7 +434,11 @@ def _vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays, **static: Any) ->
 
 def _decomposed_vjp(*arrays: mx.array, **static: Any) -> list[mx.array]:
     q, k, v, *rest, cotangent = arrays
-    return mx.vjp(lambda *qkv: decompose(*qkv, *rest, **static), [q, k, v], [cotangent])[1]
+
+    def of_qkv(*qkv: Any) -> list[mx.array]:
+        return decompose(*qkv, *rest, **static)
+
+    return mx.vjp(of_qkv, [q, k, v], [cotangent])[1]
 
 
 attention = Primitive(

@@ -123,7 +123,7 @@ def vjp(
         >>> vjp(lambda x: 2 * x, [mx.array(1.0)], [mx.array(10.0)])
         ([array(2, dtype=float32)], [array(20, dtype=float32)])
     """
-    return mx.vjp(at_level("grad", fun), primals, cotangents)  # pyright: ignore[reportReturnType]
+    return mx.vjp(at_level("grad", fun), primals, cotangents)  # pyright: ignore
 
 
 @intercepted
@@ -149,7 +149,7 @@ def jvp(
         >>> jvp(lambda x: x * x, [mx.array(3.0)], [mx.array(1.0)])
         ([array(9, dtype=float32)], [array(6, dtype=float32)])
     """
-    return mx.jvp(at_level("jvp", fun), primals, tangents)  # pyright: ignore[reportReturnType]
+    return mx.jvp(at_level("jvp", fun), primals, tangents)  # pyright: ignore
 
 
 def _is_mlx_form(argnums: Argnums) -> bool:
@@ -158,9 +158,7 @@ def _is_mlx_form(argnums: Argnums) -> bool:
     if isinstance(several, str) or any(type(n) is not int for n in several):
         raise ValueError(f"[grad] argnums must be an int or several, found {argnums!r}.")
     # A list is answered as MLX answers it; a tuple is JAX's.
-    return argnums is None or (
-        not isinstance(argnums, tuple) and all(n >= 0 for n in several)
-    )
+    return argnums is None or (not isinstance(argnums, tuple) and all(n >= 0 for n in several))
 
 
 def _resolve(argnums: Argnums, count: int) -> tuple[Any, Callable[[Any], Any]]:

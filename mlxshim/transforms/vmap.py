@@ -279,7 +279,7 @@ class _Outputs:
         )
 
 
-def _unmapped(x: mx.array, path: trees.Path) -> mx.array:
+def _unmapped(x: mx.array, path: trees.Path) -> Any:
     """`x` as a node whose batching rule, reached only if `x` is mapped, refuses."""
 
     def refuse(_: Any, axis: Any) -> Any:
