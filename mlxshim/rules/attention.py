@@ -264,8 +264,8 @@ def _batch(
         return (_share_by_length if rows else _share_by_group)(size, arrays, axes, **static)
     if mapped_k != mapped_v and _sample_shape(arrays[0], axes[0])[0] != 1:
         # One of K and V would have to be copied for each sample to be a batch of the kernel.
-        mapped: Any = mx.vmap(lambda *xs: decompose(*xs, **static), in_axes=tuple(axes))
-        return mapped(*arrays), [0]
+        mapped = mx.vmap(lambda *xs: decompose(*xs, **static), in_axes=tuple(axes))
+        return mapped(*arrays), [0]  # pyright: ignore[reportCallIssue]
     if _sinks_mapped(axes, static["has_mask"]):
         folded = _fold_into_heads(size, arrays, axes, static["has_mask"])
         return [_unfold(attention(*folded, **static)[0], 1, size)], [1]
