@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from ..core import levels
 from ..core.versions import MOVED_SHAPE_BUG, SELECT_JVP_BUG
+from ._constants import constant
 
 
 def _tied_matmul(a: mx.array, b: mx.array) -> mx.array:
@@ -32,12 +33,12 @@ def _zero(x: mx.array, dtype: mx.Dtype) -> mx.array:
 
 def _bounded_keep(keep: mx.array, scores: mx.array, floor: float) -> mx.array:
     """`where(keep, scores, floor)` without a traced branch of `where`, whose jvp crashes."""
-    bound = mx.where(mx.stop_gradient(keep), mx.array(float("inf")), mx.array(floor))
-    return mx.minimum(scores, bound.astype(scores.dtype))
+    above, below = constant(float("inf"), scores.dtype), constant(floor, scores.dtype)
+    return mx.minimum(scores, mx.where(mx.stop_gradient(keep), above, below))
 
 
 def _where_keep(keep: mx.array, scores: mx.array, floor: float) -> mx.array:
-    return mx.where(keep, scores, floor)
+    return mx.where(keep, scores, constant(floor, scores.dtype))
 
 
 matmul = _tied_matmul if MOVED_SHAPE_BUG else mx.matmul

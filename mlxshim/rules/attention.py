@@ -10,6 +10,7 @@ folding queries into the heads of a group: Ainslie et al., "GQA", 2023.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ import mlx.core as mx
 from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
+from ._constants import constant
 from ._mlx_0_31 import keep_where, matmul
 
 _FLOOR = {t: mx.finfo(t).min for t in (mx.float64, mx.float32, mx.float16, mx.bfloat16)}
@@ -184,32 +186,40 @@ def decompose(
     batch, heads, q_length, dim = q.shape
     kv_heads, k_length = k.shape[1], k.shape[2]
     grouped = heads != kv_heads
-    q = q * scale
+    q = q * constant(scale, q.dtype)
     if grouped:
         q = mx.reshape(q, (batch, kv_heads, -1, dim))
     scores = matmul(q, mx.swapaxes(k, -1, -2))
-    if not (causal or rest):
+    if causal:
+        past = _positions(q.shape[2], q_length, k_length) >= _steps(k_length)
+        scores = keep_where(past, scores, _FLOOR[scores.dtype])
+    if not rest:
         out = matmul(mx.softmax(scores, axis=-1, precise=True), v)
     else:
         if grouped:
             scores = mx.reshape(scores, (batch, heads, q_length, k_length))
-        probs = _masked_softmax(scores, rest, causal, has_mask)
+        probs = _masked_softmax(scores, rest, has_mask)
         if grouped:
             probs = mx.reshape(probs, (batch, kv_heads, -1, k_length))
         out = matmul(probs, v)
     return [mx.reshape(out, (batch, heads, q_length, -1)) if grouped else out]
 
 
-def _masked_softmax(
-    scores: mx.array, rest: tuple[mx.array, ...], causal: bool, has_mask: bool
-) -> mx.array:
-    heads, q_length, k_length = scores.shape[1:]
-    floor = _FLOOR[scores.dtype]
-    if causal:
-        past = mx.tri(q_length, k_length, k_length - q_length, dtype=mx.bool_)
-        scores = keep_where(past, scores, floor)
-    elif has_mask:
-        mask = rest[0]
+@functools.lru_cache(maxsize=64)
+def _steps(length: int) -> mx.array:
+    return mx.array(list(range(length)))
+
+
+@functools.lru_cache(maxsize=64)
+def _positions(rows: int, q_length: int, k_length: int) -> mx.array:
+    """The last key that each row sees; the rows are those of all the queries of a group."""
+    return mx.array([[row % q_length + k_length - q_length] for row in range(rows)])
+
+
+def _masked_softmax(scores: mx.array, rest: tuple[mx.array, ...], has_mask: bool) -> mx.array:
+    heads = scores.shape[1]
+    if has_mask:
+        mask, floor = rest[0], _FLOOR[scores.dtype]
         scores = keep_where(mask, scores, floor) if mask.dtype == mx.bool_ else scores + mask
     if len(rest) == has_mask:
         return mx.softmax(scores, axis=-1, precise=True)
@@ -264,8 +274,8 @@ def _batch(
         return (_share_by_length if rows else _share_by_group)(size, arrays, axes, **static)
     if mapped_k != mapped_v and _sample_shape(arrays[0], axes[0])[0] != 1:
         # One of K and V would have to be copied for each sample to be a batch of the kernel.
-        mapped = mx.vmap(lambda *xs: decompose(*xs, **static), in_axes=tuple(axes))
-        return mapped(*arrays), [0]  # pyright: ignore[reportCallIssue]
+        mapped = mx.vmap(functools.partial(decompose, **static), in_axes=tuple(axes))
+        return mapped(*arrays), [0]
     if _sinks_mapped(axes, static["has_mask"]):
         folded = _fold_into_heads(size, arrays, axes, static["has_mask"])
         return [_unfold(attention(*folded, **static)[0], 1, size)], [1]
