@@ -11,13 +11,31 @@ import threading
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
+import mlx.core as mx
+
 R = TypeVar("R")
 Kind = Literal["vmap", "grad", "jvp"]
+
+
+class VmapLevel:
+    """What rules and collectives may ask of one active vmap."""
+
+    __slots__ = ("axis_name", "depth", "mapped", "randomness", "size")
+
+    def __init__(self, axis_name: object, size: int, randomness: str) -> None:
+        self.axis_name = axis_name
+        self.size = size
+        self.randomness = randomness
+        #: A tracer of this level that is mapped for certain: one of its inputs.
+        self.mapped: mx.array | None = None
+        #: How many vmap levels are around this one.
+        self.depth = 0
 
 
 class _Levels(threading.local):
     def __init__(self) -> None:
         self.stack: list[Kind] = []
+        self.vmaps: list[VmapLevel] = []
 
 
 _levels = _Levels()
@@ -26,6 +44,11 @@ _levels = _Levels()
 def active() -> list[Kind]:
     """The kinds of the active levels of this thread, outermost first. Not to be changed."""
     return _levels.stack
+
+
+def vmaps() -> list[VmapLevel]:
+    """The active vmap levels of this thread, outermost first. Not to be changed."""
+    return _levels.vmaps
 
 
 def at_level(kind: Kind, fun: Callable[..., R]) -> Callable[..., R]:
@@ -39,5 +62,23 @@ def at_level(kind: Kind, fun: Callable[..., R]) -> Callable[..., R]:
             return fun(*args, **kwargs)
         finally:
             stack.pop()
+
+    return traced
+
+
+def at_vmap(level: VmapLevel, fun: Callable[..., R]) -> Callable[..., R]:
+    """`fun`, run inside one more vmap, whose first argument is a mapped tracer."""
+
+    def traced(mapped: mx.array, *args: object, **kwargs: object) -> R:
+        local = _levels
+        level.mapped, level.depth = mapped, len(local.vmaps)
+        local.stack.append("vmap")
+        local.vmaps.append(level)
+        try:
+            return fun(*args, **kwargs)
+        finally:
+            local.stack.pop()
+            local.vmaps.pop()
+            level.mapped = None
 
     return traced

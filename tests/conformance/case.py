@@ -1,0 +1,56 @@
+"""The table of cases, and the samples they are drawn from."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+CASES: dict[str, Case] = {}
+
+
+@dataclass(frozen=True)
+class Case:
+    """`fun` of one sample, with a source for each argument, and options of `conformance`."""
+
+    fun: Callable[..., Any]
+    arrays: tuple[Any, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def case(name: str, fun: Callable[..., Any], *arrays: Any, **options: Any) -> None:
+    """Put an operation through the suite, in one line.
+
+    `name` is the public name below `mlx.core` ("fast.rms_norm", "array.__setitem__"), with a
+    variant after a slash where there are several ("conv2d/grouped").
+    """
+    assert name not in CASES, f"{name} is there twice"
+    CASES[name] = Case(fun, arrays, options)
+
+
+def normal(*shape: int) -> Callable[[], mx.array]:
+    return lambda: mx.random.normal(shape)
+
+
+def uniform(*shape: int, low: float = 0.1, high: float = 0.9) -> Callable[[], mx.array]:
+    return lambda: mx.random.uniform(low, high, shape)
+
+
+def integers(*shape: int, low: int = 0, high: int = 4, dtype: Any = mx.int32) -> Callable[[], Any]:
+    return lambda: mx.random.randint(low, high, shape).astype(dtype)
+
+
+def booleans(*shape: int) -> Callable[[], mx.array]:
+    return lambda: mx.random.bernoulli(0.6, shape)
+
+
+def load() -> dict[str, Case]:
+    """Every case of every family module beside this one."""
+    for module in pkgutil.iter_modules(__import__(__package__).__path__):
+        if module.name not in ("case", "worker") and not module.name.startswith("test_"):
+            importlib.import_module(f"{__package__}.{module.name}")
+    return CASES
