@@ -447,8 +447,8 @@ def _difference(got: list[mx.array], want: list[mx.array], tol: float) -> str | 
         if not mx.all(mx.where(odd, same, mx.isfinite(g))).item():
             return f"output {i} is not finite where the loop's is, or otherwise"
         zero = mx.zeros_like(w)
-        error = mx.max(mx.abs(mx.where(odd, zero, g - w))).item()
-        scale = mx.max(mx.abs(mx.where(odd, zero, w))).item()
+        error = float(mx.max(mx.abs(mx.where(odd, zero, g - w))).item())  # pyright: ignore
+        scale = float(mx.max(mx.abs(mx.where(odd, zero, w))).item())  # pyright: ignore
         if error > tol * max(scale, 1.0):
             return f"output {i} differs by {error:.3g} where the values reach {scale:.3g}"
     return None

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any, Literal, TypeVar
 
 import mlx.core as mx
 from typing_extensions import ParamSpec
 
-from ..core import trees
+from ..core.errors import NoBatchingRule, PerformanceWarning
 from ..core.interception import intercepted
-from ..core.levels import at_level
+from ..core.levels import VmapLevel, at_vmap
+from ._mapping import Inputs, MappedOutputError, Outputs, check_spec
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Randomness = Literal["different", "same", "error"]
+Fallback = Literal["loop", "error"]
 
 
-def vmap(fun: Callable[P, R], in_axes: Any = 0, out_axes: Any = 0) -> Callable[P, R]:
+def vmap(
+    fun: Callable[P, R],
+    in_axes: Any = 0,
+    out_axes: Any = 0,
+    axis_name: Hashable = None,
+    axis_size: int | None = None,
+    *,
+    randomness: Randomness = "different",
+    chunk_size: int | None = None,
+    fallback: Fallback = "loop",
+) -> Callable[P, R]:
     """Map `fun` over an axis of its arguments: `vmap(f)(xs)` is `stack([f(x) for x in xs])`.
 
     Args:
@@ -31,6 +44,13 @@ def vmap(fun: Callable[P, R], in_axes: Any = 0, out_axes: Any = 0) -> Callable[P
             of axes or a tuple of one. Keyword arguments are mapped over axis 0.
         out_axes: Where the mapped axis goes in each output: an int, or a prefix of the output.
             None for an output that does not depend on the sample, which is returned once.
+        axis_name: A name by which collectives inside `fun` know the mapped axis.
+        axis_size: The size of the mapped axis. Needed only where no argument is mapped.
+        randomness: What `mx.random` functions without a key draw: something "different" for each
+            sample, as in a loop; the "same" for all; or "error", to refuse.
+        chunk_size: At most this many samples are in memory at a time; the others wait.
+        fallback: What becomes of an operation that has no batching rule: a "loop" over the samples
+            with a `PerformanceWarning`, or an "error".
 
     Returns:
         A function that takes each mapped argument with one more axis than `fun` does, of the same
@@ -39,6 +59,7 @@ def vmap(fun: Callable[P, R], in_axes: Any = 0, out_axes: Any = 0) -> Callable[P
     Raises:
         ValueError: an axis specification that does not fit, an axis out of range, mapped axes of
             different sizes, nothing mapped, an output that is no array.
+        NoBatchingRule: with `fallback="error"`, naming the operation.
 
     Example:
         >>> import mlx.core as mx
@@ -47,261 +68,157 @@ def vmap(fun: Callable[P, R], in_axes: Any = 0, out_axes: Any = 0) -> Callable[P
         >>> vmap(lambda x, y: (x * y).sum(), in_axes=(0, None))(xs, mx.array([1.0, 10.0]))
         array([21, 43], dtype=float32)
 
-    Semantics after `jax.vmap`; the trace underneath is MLX's (mlx/transforms.cpp, `vmap_trace`).
+    Semantics after `jax.vmap`; randomness and chunk_size after `torch.func.vmap`. The trace
+    underneath is MLX's (mlx/transforms.cpp, `vmap_trace`).
     """
-    _check_spec(in_axes, "in_axes")
-    _check_spec(out_axes, "out_axes")
-    body = at_level("vmap", fun)
+    check_spec(in_axes, "in_axes")
+    check_spec(out_axes, "out_axes")
+    _check_options(axis_name, axis_size, randomness, chunk_size, fallback)
 
     @functools.wraps(fun, updated=())
     @intercepted
     def mapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        outputs = _Outputs(out_axes)
-        axes = None if kwargs else _plain(args, in_axes)
-        if axes is not None:  # every argument is a mapped array: the trace is ours to keep short
-            results = mx.vmap(lambda *xs: outputs.take(body(*xs)), axes, outputs.axes)(*args)
-            return outputs.give(results)
-        inputs = _Inputs(fun, args, kwargs, in_axes)
-
-        def per_sample(*samples: mx.array) -> Any:
-            call_args, call_kwargs = inputs.fill(samples)
-            return outputs.take(body(*call_args, **call_kwargs))
-
-        axes = tuple(inputs.axes) if len(inputs.axes) > 1 else inputs.axes[0]
-        return outputs.give(mx.vmap(per_sample, axes, outputs.axes)(*inputs.arrays))
+        loop = False
+        if not kwargs and chunk_size is None and type(in_axes) is int:
+            size = _common_size(args, in_axes)
+            if size >= 0 and axis_size in (None, size):
+                # Every argument is a mapped array: the trace is ours to keep short.
+                outputs = Outputs(out_axes)
+                body = at_vmap(VmapLevel(axis_name, size, randomness), fun)
+                try:
+                    results = mx.vmap(
+                        lambda *xs: outputs.take(body(xs[0], *xs)), in_axes, outputs.axes
+                    )(*args)
+                    return outputs.give(results)
+                except Exception as e:
+                    _loop_or_raise(e, outputs, fallback, axis_name)
+                    loop = True
+        inputs = Inputs(fun, args, kwargs, in_axes, axis_size)
+        outputs = Outputs(out_axes)
+        chunk = chunk_size or max(inputs.size, 1)
+        parts: list[list[mx.array]] = []
+        for start in range(0, inputs.size, chunk) or (0,):
+            size = min(chunk, inputs.size - start)
+            arrays = inputs.arrays if size == inputs.size else inputs.part(start, start + size)
+            if not loop:
+                level = VmapLevel(axis_name, size, randomness)
+                try:
+                    parts.append(_batched(fun, inputs, arrays, outputs, level))
+                except Exception as e:
+                    _loop_or_raise(e, outputs, fallback, axis_name)
+                    loop = True
+            if loop:
+                parts.append(_looped(fun, inputs, arrays, outputs, size))
+            if size < inputs.size:
+                _settle(parts[-1])
+        return outputs.give(outputs.concatenate(parts) if len(parts) > 1 else parts[0])
 
     return mapped
 
 
-def _plain(args: tuple[Any, ...], in_axes: Any) -> Any:
-    """The axes as MLX takes them if all arguments are arrays mapped over the same valid axis."""
-    if type(in_axes) is not int or not args:
-        return None
+def _common_size(args: tuple[Any, ...], axis: int) -> int:
+    """The size of the mapped axis if all arguments are arrays that have it, else -1."""
     size = -1
     for x in args:
-        if type(x) is not mx.array or not -x.ndim <= in_axes < x.ndim:
-            return None
-        if x.shape[in_axes] != size:
+        if type(x) is not mx.array or not -x.ndim <= axis < x.ndim:
+            return -1
+        if x.shape[axis] != size:
             if size != -1:
-                return None
-            size = x.shape[in_axes]
-    return in_axes
+                return -1
+            size = x.shape[axis]
+    return size
 
 
-def _check_spec(spec: Any, name: str) -> None:
-    for _, axis in trees.leaves(spec):
-        if axis is not None and (not isinstance(axis, int) or isinstance(axis, bool)):
-            raise ValueError(
-                f"[vmap] {name} must be an int, None or a tree of those, found {axis!r} of type "
-                f"{type(axis).__name__}."
-            )
+def _batched(
+    fun: Callable[..., Any],
+    inputs: Inputs,
+    arrays: list[mx.array],
+    outputs: Outputs,
+    level: VmapLevel,
+) -> list[mx.array]:
+    body = at_vmap(level, fun)
+
+    def per_sample(*samples: mx.array) -> Any:
+        args, kwargs = inputs.fill(samples)
+        return outputs.take(body(samples[0], *args, **kwargs))
+
+    axes = tuple(inputs.axes) if len(inputs.axes) > 1 else inputs.axes[0]
+    results: Any = mx.vmap(per_sample, axes, outputs.axes)(*arrays)
+    return [results] if isinstance(results, mx.array) else list(results)
 
 
-class _Slot:
-    """The place of a mapped array among the arguments."""
-
-    __slots__ = ("index",)
-
-    def __init__(self, index: int) -> None:
-        self.index = index
+# The loop --------------------------------------------------------------------------------------
 
 
-class _Inputs:
-    """The arguments of one call, taken apart into mapped arrays and everything else."""
-
-    def __init__(
-        self, fun: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], in_axes: Any
-    ) -> None:
-        self.fun = fun
-        self.arrays: list[mx.array] = []
-        self.axes: list[int] = []
-        self.paths: list[trees.Path] = []
-        self.args = args
-        self.kwargs = kwargs
-        specs = _specs(args, in_axes, self._name)
-        # Plain arrays, the common case, need no walk.
-        self.args = tuple(
-            self._mapped(arg, spec, (i,))
-            if isinstance(arg, mx.array) and (spec is None or type(spec) is int)
-            else self._walk(arg, spec, (i,))
-            for i, (arg, spec) in enumerate(zip(args, specs))
-        )
-        self.kwargs = {key: self._walk(arg, 0, (key,)) for key, arg in kwargs.items()}
-        self._check_sizes()
-
-    def _walk(self, arg: Any, spec: Any, path: trees.Path) -> Any:
-        try:
-            return trees.map_with_prefix(self._mapped, arg, spec, path)
-        except trees.PrefixError as e:
-            raise ValueError(
-                f"[vmap] in_axes does not fit argument {self._name(e.path)}: the axes are "
-                f"{e.spec!r}, the argument is {_describe(e.node)}."
-            ) from None
-
-    def _mapped(self, leaf: Any, axis: int | None, path: trees.Path) -> Any:
-        if axis is None:
-            return leaf
-        if not isinstance(leaf, mx.array):
-            if type(leaf).__module__ != "numpy" or not getattr(leaf, "ndim", 0):
-                return leaf
-            leaf = mx.array(leaf)
-        ndim = leaf.ndim
-        if not -ndim <= axis < ndim:
-            scalar = " A scalar has no axis to map: give it in_axes=None." if ndim == 0 else ""
-            raise ValueError(
-                f"[vmap] in_axes maps axis {axis} of argument {self._name(path)}, which has shape "
-                f"{tuple(leaf.shape)} and so only {ndim} axes.{scalar}"
-            )
-        self.arrays.append(leaf)
-        self.axes.append(axis + ndim if axis < 0 else axis)
-        self.paths.append(path)
-        return _Slot(len(self.arrays) - 1)
-
-    def _check_sizes(self) -> None:
-        arrays, axes = self.arrays, self.axes
-        if not arrays:
-            raise ValueError(
-                "[vmap] Nothing is mapped: at least one of in_axes must be non-None for an "
-                "argument that holds an array."
-            )
-        size = arrays[0].shape[axes[0]]
-        if any(x.shape[a] != size for x, a in zip(arrays, axes)):
-            sizes = "".join(
-                f"\n  {self._name(path)}: shape {tuple(x.shape)}, axis {a}, size {x.shape[a]}"
-                for x, a, path in zip(arrays, axes, self.paths)
-            )
-            raise ValueError(f"[vmap] Inconsistent axis sizes of the mapped arguments:{sizes}")
-
-    def fill(self, samples: tuple[mx.array, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        def fill(leaf: Any) -> Any:
-            return samples[leaf.index] if type(leaf) is _Slot else leaf
-
-        args = tuple(
-            samples[arg.index] if type(arg) is _Slot else trees.map_leaves(fill, arg)
-            for arg in self.args
-        )
-        return args, {key: trees.map_leaves(fill, arg) for key, arg in self.kwargs.items()}
-
-    def _name(self, path: trees.Path) -> str:
-        """An argument as the caller knows it: the parameter's name, then keys."""
-        first, *keys = path
-        if isinstance(first, int):
-            try:
-                names = list(inspect.signature(self.fun).bind(*self.args, **self.kwargs).arguments)
-                first = names[first] if first < len(names) else f"number {first}"
-            except (TypeError, ValueError):
-                first = f"number {first}"
-        return "".join([f"{first}", *(f"[{key!r}]" for key in keys)])
+def _looped(
+    fun: Callable[..., Any],
+    inputs: Inputs,
+    arrays: list[mx.array],
+    outputs: Outputs,
+    size: int,
+) -> list[mx.array]:
+    """One call for each sample, and the results stacked: what vmap means."""
+    columns: list[list[mx.array]] = []
+    for i in range(size):
+        samples = tuple(mx.take(x, i, axis=a) for x, a in zip(arrays, inputs.axes))
+        args, kwargs = inputs.fill(samples)
+        columns.append(outputs.take_sample(fun(*args, **kwargs)))
+    return outputs.stack(columns)
 
 
-def _specs(args: tuple[Any, ...], in_axes: Any, name: Callable[[trees.Path], str]) -> Any:
-    """One axis specification for each positional argument."""
-    if in_axes is None or isinstance(in_axes, int):
-        return (in_axes,) * len(args)
-    if len(args) == 1:
-        # MLX's form is the argument's own tree of axes; JAX's is a tuple of one.
-        if isinstance(in_axes, tuple) and len(in_axes) == 1:
-            return in_axes
-        return (in_axes,)
-    if isinstance(in_axes, (list, tuple)) and len(in_axes) == len(args):
-        return in_axes
-    raise ValueError(
-        f"[vmap] in_axes must be an int, None, or one entry for each of the {len(args)} positional "
-        f"arguments, found {in_axes!r}."
+def _loop_or_raise(
+    error: Exception, outputs: Outputs, fallback: Fallback, axis_name: Hashable
+) -> None:
+    """Warn that a loop follows, or raise: the caller's own error, or that there is no rule."""
+    reason = _why_loop(error, outputs)
+    if reason is None or axis_name is not None:
+        raise error
+    if fallback == "error":
+        raise NoBatchingRule(f"[vmap] {reason}") from error
+    warnings.warn(
+        f"[vmap] The function runs sample by sample, for {reason}",
+        PerformanceWarning,
+        stacklevel=4,  # above `mapped`, `scoped`: the caller
     )
 
 
-class _Outputs:
-    """The outputs of one call: flat arrays for MLX, and the tree they came in."""
-
-    def __init__(self, out_axes: Any) -> None:
-        self.spec = out_axes
-        # MLX reads the list of axes after the trace, when `take` has filled it.
-        self.axes: Any = out_axes if type(out_axes) is int else []
-        self.tree: Any = None
-        self.shared: dict[int, mx.array] = {}
-
-    def take(self, tree: Any) -> Any:
-        if isinstance(tree, mx.array) and type(self.spec) is int:
-            self._check_axis(tree, self.spec, ())
-            self.tree = _Slot(0)
-            return tree
-        if tree is None:
-            raise ValueError("[vmap] The function returned None: it must return arrays.")
-        arrays: list[mx.array] = []
-        axes: list[int] = []
-
-        def take(leaf: Any, axis: int | None, path: trees.Path) -> Any:
-            if leaf is None:
-                return None
-            if not isinstance(leaf, mx.array):
-                where = _path(path)
-                raise ValueError(
-                    f"[vmap] The function must return arrays; its output{where} is {leaf!r} of "
-                    f"type {type(leaf).__name__}."
-                )
-            if axis is None:
-                self.shared[len(arrays)] = leaf
-                leaf, axis = _unmapped(leaf, path), 0
-            self._check_axis(leaf, axis, path)
-            arrays.append(leaf)
-            axes.append(axis)
-            return _Slot(len(arrays) - 1)
-
-        try:
-            self.tree = trees.map_with_prefix(take, tree, self.spec)
-        except trees.PrefixError as e:
-            raise ValueError(
-                f"[vmap] out_axes does not fit the output{_path(e.path)}: the axes are {e.spec!r}, "
-                f"the output is {_describe(e.node)}."
-            ) from None
-        if not arrays:
-            raise ValueError("[vmap] The function returned no array.")
-        if type(self.axes) is not int:
-            self.axes[:] = axes
-        return arrays
-
-    def _check_axis(self, leaf: mx.array, axis: int, path: trees.Path) -> None:
-        if not -leaf.ndim - 1 <= axis <= leaf.ndim:
-            raise ValueError(
-                f"[vmap] out_axes puts the mapped axis at {axis} of output{_path(path)}, whose "
-                f"shape for one sample is {tuple(leaf.shape)}."
-            )
-
-    def give(self, results: Any) -> Any:
-        if isinstance(results, mx.array):
-            results = [results]
-        if type(self.tree) is _Slot:
-            return self.shared.get(0, results[0])
-        shared = self.shared
-        return trees.map_leaves(
-            lambda s: shared.get(s.index, results[s.index]) if type(s) is _Slot else s, self.tree
-        )
+def _why_loop(error: Exception, outputs: Outputs) -> str | None:
+    """What a loop would mend, in words; None for an error that is the caller's."""
+    if isinstance(error, MappedOutputError):
+        return None
+    said = str(error)
+    if isinstance(error, NoBatchingRule):
+        return said
+    if outputs.taken:  # the function is through: what failed is a batching rule
+        return f"an operation has no batching rule: {said}"
+    if "Attempting to eval an array during function transformations" in said:
+        return "the function reads the value of an array that is mapped"
+    return None
 
 
-def _unmapped(x: mx.array, path: trees.Path) -> Any:
-    """`x` as a node whose batching rule, reached only if `x` is mapped, refuses."""
+def _settle(arrays: list[mx.array]) -> None:
+    """Evaluate now, so that the next chunk finds the memory free; inside a trace nothing can."""
+    try:
+        mx.eval(arrays)
+    except ValueError as e:
+        if "Attempting to eval an array during function transformations" not in str(e):
+            raise
 
-    def refuse(_: Any, axis: Any) -> Any:
+
+def _check_options(
+    axis_name: Hashable, axis_size: Any, randomness: Any, chunk_size: Any, fallback: Any
+) -> None:
+    for name, value in (("axis_size", axis_size), ("chunk_size", chunk_size)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"[vmap] {name} must be a positive int or None, found {value!r}.")
+    if axis_name is not None and chunk_size is not None:
         raise ValueError(
-            f"[vmap] out_axes is None for output{_path(path)}, but that output depends on a mapped "
-            "argument: give it an axis."
+            "[vmap] A named axis cannot be processed in chunks: a collective needs all samples at "
+            "once. Give axis_name or chunk_size, not both."
         )
-
-    node = mx.custom_function(lambda y: y)
-    node.vmap(refuse)
-    return node(x)
-
-
-def _path(path: trees.Path) -> str:
-    return "".join(f"[{key!r}]" for key in path)
-
-
-def _describe(node: Any) -> str:
-    if isinstance(node, mx.array):
-        return f"an array of shape {tuple(node.shape)}"
-    if isinstance(node, dict):
-        return f"a {type(node).__name__} with keys {list(node)}"
-    if isinstance(node, (list, tuple)):
-        return f"a {type(node).__name__} of {len(node)}"
-    return repr(node)
+    if randomness not in ("different", "same", "error"):
+        raise ValueError(
+            f'[vmap] randomness must be "different", "same" or "error", found {randomness!r}.'
+        )
+    if fallback not in ("loop", "error"):
+        raise ValueError(f'[vmap] fallback must be "loop" or "error", found {fallback!r}.')

@@ -1,0 +1,11 @@
+"""What mlxshim itself warns of and refuses with."""
+
+from __future__ import annotations
+
+
+class PerformanceWarning(UserWarning):
+    """The answer is right, but was found sample by sample."""
+
+
+class NoBatchingRule(NotImplementedError):
+    """An operation that cannot be batched here. `vmap` answers it with a loop over samples."""

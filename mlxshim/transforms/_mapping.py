@@ -1,0 +1,287 @@
+"""The arguments and outputs of one mapped call: trees taken apart into arrays, and put together."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from ..core import trees
+
+
+def check_spec(spec: Any, name: str) -> None:
+    for _, axis in trees.leaves(spec):
+        if axis is not None and (not isinstance(axis, int) or isinstance(axis, bool)):
+            raise ValueError(
+                f"[vmap] {name} must be an int, None or a tree of those, found {axis!r} of type "
+                f"{type(axis).__name__}."
+            )
+
+
+class Slot:
+    """The place of a mapped array among the arguments."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+class Inputs:
+    """The arguments of one call, taken apart into mapped arrays and everything else."""
+
+    def __init__(
+        self,
+        fun: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        in_axes: Any,
+        axis_size: int | None = None,
+    ) -> None:
+        self.fun = fun
+        self.arrays: list[mx.array] = []
+        self.axes: list[int] = []
+        self.paths: list[trees.Path] = []
+        self.args = args
+        self.kwargs = kwargs
+        specs = _specs(args, in_axes, self._name)
+        # Plain arrays, the common case, need no walk.
+        self.args = tuple(
+            self._mapped(arg, spec, (i,))
+            if isinstance(arg, mx.array) and (spec is None or type(spec) is int)
+            else self._walk(arg, spec, (i,))
+            for i, (arg, spec) in enumerate(zip(args, specs))
+        )
+        self.kwargs = {key: self._walk(arg, 0, (key,)) for key, arg in kwargs.items()}
+        if not self.arrays and axis_size is not None:
+            # Something has to be mapped for MLX to map: an array that nobody asks for.
+            self.arrays, self.axes = [mx.zeros((axis_size,), mx.bool_)], [0]
+            self.size = axis_size
+        else:
+            self.size = self._common_size(axis_size)
+
+    def _walk(self, arg: Any, spec: Any, path: trees.Path) -> Any:
+        try:
+            return trees.map_with_prefix(self._mapped, arg, spec, path)
+        except trees.PrefixError as e:
+            raise ValueError(
+                f"[vmap] in_axes does not fit argument {self._name(e.path)}: the axes are "
+                f"{e.spec!r}, the argument is {_describe(e.node)}."
+            ) from None
+
+    def _mapped(self, leaf: Any, axis: int | None, path: trees.Path) -> Any:
+        if axis is None:
+            return leaf
+        if not isinstance(leaf, mx.array):
+            if type(leaf).__module__ != "numpy" or not getattr(leaf, "ndim", 0):
+                return leaf
+            leaf = mx.array(leaf)
+        ndim = leaf.ndim
+        if not -ndim <= axis < ndim:
+            scalar = " A scalar has no axis to map: give it in_axes=None." if ndim == 0 else ""
+            raise ValueError(
+                f"[vmap] in_axes maps axis {axis} of argument {self._name(path)}, which has shape "
+                f"{tuple(leaf.shape)} and so only {ndim} axes.{scalar}"
+            )
+        self.arrays.append(leaf)
+        self.axes.append(axis + ndim if axis < 0 else axis)
+        self.paths.append(path)
+        return Slot(len(self.arrays) - 1)
+
+    def _common_size(self, axis_size: int | None) -> int:
+        arrays, axes = self.arrays, self.axes
+        if not arrays:
+            raise ValueError(
+                "[vmap] Nothing is mapped: at least one of in_axes must be non-None for an "
+                "argument that holds an array, or axis_size must say how many samples there are."
+            )
+        size = arrays[0].shape[axes[0]]
+        if any(x.shape[a] != size for x, a in zip(arrays, axes)):
+            sizes = "".join(
+                f"\n  {self._name(path)}: shape {tuple(x.shape)}, axis {a}, size {x.shape[a]}"
+                for x, a, path in zip(arrays, axes, self.paths)
+            )
+            raise ValueError(f"[vmap] Inconsistent axis sizes of the mapped arguments:{sizes}")
+        if axis_size not in (None, size):
+            raise ValueError(
+                f"[vmap] axis_size is {axis_size}, but the mapped axis of "
+                f"{self._name(self.paths[0])}, of shape {tuple(arrays[0].shape)}, has size {size}."
+            )
+        return size
+
+    def part(self, start: int, stop: int) -> list[mx.array]:
+        """The mapped arrays of some of the samples."""
+        return [
+            x[(slice(None),) * a + (slice(start, stop),)] for x, a in zip(self.arrays, self.axes)
+        ]
+
+    def fill(self, samples: tuple[mx.array, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def fill(leaf: Any) -> Any:
+            return samples[leaf.index] if type(leaf) is Slot else leaf
+
+        args = tuple(
+            samples[arg.index] if type(arg) is Slot else trees.map_leaves(fill, arg)
+            for arg in self.args
+        )
+        return args, {key: trees.map_leaves(fill, arg) for key, arg in self.kwargs.items()}
+
+    def _name(self, path: trees.Path) -> str:
+        """An argument as the caller knows it: the parameter's name, then keys."""
+        first, *keys = path
+        if isinstance(first, int):
+            try:
+                names = list(inspect.signature(self.fun).bind(*self.args, **self.kwargs).arguments)
+                first = names[first] if first < len(names) else f"number {first}"
+            except (TypeError, ValueError):
+                first = f"number {first}"
+        return "".join([f"{first}", *(f"[{key!r}]" for key in keys)])
+
+
+def _specs(args: tuple[Any, ...], in_axes: Any, name: Callable[[trees.Path], str]) -> Any:
+    """One axis specification for each positional argument."""
+    if in_axes is None or isinstance(in_axes, int):
+        return (in_axes,) * len(args)
+    if len(args) == 1:
+        # MLX's form is the argument's own tree of axes; JAX's is a tuple of one.
+        if isinstance(in_axes, tuple) and len(in_axes) == 1:
+            return in_axes
+        return (in_axes,)
+    if isinstance(in_axes, (list, tuple)) and len(in_axes) == len(args):
+        return in_axes
+    raise ValueError(
+        f"[vmap] in_axes must be an int, None, or one entry for each of the {len(args)} positional "
+        f"arguments, found {in_axes!r}."
+    )
+
+
+class MappedOutputError(ValueError):
+    """An output that `out_axes` calls unmapped, and is not."""
+
+
+class Outputs:
+    """The outputs of one call: flat arrays for MLX, and the tree they came in."""
+
+    def __init__(self, out_axes: Any) -> None:
+        self.spec = out_axes
+        # MLX reads the list of axes after the trace, when `take` has filled it.
+        self.axes: Any = out_axes if type(out_axes) is int else []
+        self.tree: Any = None
+        self.shared: dict[int, mx.array] = {}
+        #: Whether the function has returned, and returned what it may.
+        self.taken = False
+
+    def take(self, tree: Any) -> Any:
+        """The outputs of a trace, as MLX wants them."""
+        if isinstance(tree, mx.array) and type(self.spec) is int:
+            self._check_axis(tree, self.spec, ())
+            self.tree, self.taken = Slot(0), True
+            return tree
+        arrays, axes = self._flatten(tree, lambda leaf, path: _unmapped(leaf, path))
+        if type(self.axes) is not int:
+            self.axes[:] = axes
+        self.taken = True
+        return arrays
+
+    def take_sample(self, tree: Any) -> list[mx.array]:
+        """The outputs of one sample of a loop."""
+        arrays, axes = self._flatten(tree, lambda leaf, path: leaf)
+        self.axes = axes
+        return arrays
+
+    def stack(self, samples: list[list[mx.array]]) -> list[mx.array]:
+        for n, first in self.shared.items():
+            if not all(mx.array_equal(first, sample[n], equal_nan=True) for sample in samples):
+                raise _mapped_error(())
+        return [mx.stack(list(xs), axis=a) for xs, a in zip(zip(*samples), self.axes)]
+
+    def concatenate(self, parts: list[list[mx.array]]) -> list[mx.array]:
+        axes = [self.axes] * len(parts[0]) if type(self.axes) is int else self.axes
+        return [mx.concatenate(list(xs), axis=a) for xs, a in zip(zip(*parts), axes)]
+
+    def _flatten(
+        self, tree: Any, share: Callable[[mx.array, trees.Path], mx.array]
+    ) -> tuple[list[mx.array], list[int]]:
+        if tree is None:
+            raise ValueError("[vmap] The function returned None: it must return arrays.")
+        arrays: list[mx.array] = []
+        axes: list[int] = []
+
+        def take(leaf: Any, axis: int | None, path: trees.Path) -> Any:
+            if leaf is None:
+                return None
+            if not isinstance(leaf, mx.array):
+                where = _path(path)
+                raise ValueError(
+                    f"[vmap] The function must return arrays; its output{where} is {leaf!r} of "
+                    f"type {type(leaf).__name__}."
+                )
+            if axis is None:
+                self.shared[len(arrays)] = leaf
+                leaf, axis = share(leaf, path), 0
+            self._check_axis(leaf, axis, path)
+            arrays.append(leaf)
+            axes.append(axis)
+            return Slot(len(arrays) - 1)
+
+        try:
+            self.tree = trees.map_with_prefix(take, tree, self.spec)
+        except trees.PrefixError as e:
+            raise ValueError(
+                f"[vmap] out_axes does not fit the output{_path(e.path)}: the axes are {e.spec!r}, "
+                f"the output is {_describe(e.node)}."
+            ) from None
+        if not arrays:
+            raise ValueError("[vmap] The function returned no array.")
+        return arrays, axes
+
+    def _check_axis(self, leaf: mx.array, axis: int, path: trees.Path) -> None:
+        if not -leaf.ndim - 1 <= axis <= leaf.ndim:
+            raise ValueError(
+                f"[vmap] out_axes puts the mapped axis at {axis} of output{_path(path)}, whose "
+                f"shape for one sample is {tuple(leaf.shape)}."
+            )
+
+    def give(self, results: Any) -> Any:
+        """The results in the tree of the function."""
+        if isinstance(results, mx.array):
+            results = [results]
+        if type(self.tree) is Slot:
+            return self.shared.get(0, results[0])
+        shared = self.shared
+        return trees.map_leaves(
+            lambda s: shared.get(s.index, results[s.index]) if type(s) is Slot else s, self.tree
+        )
+
+
+def _unmapped(x: mx.array, path: trees.Path) -> Any:
+    """`x` as a node whose batching rule, reached only if `x` is mapped, refuses."""
+
+    def refuse(_: Any, axis: Any) -> Any:
+        raise _mapped_error(path)
+
+    node = mx.custom_function(lambda y: y)
+    node.vmap(refuse)
+    return node(x)
+
+
+def _mapped_error(path: trees.Path) -> MappedOutputError:
+    return MappedOutputError(
+        f"[vmap] out_axes is None for output{_path(path)}, but that output depends on a mapped "
+        "argument: give it an axis."
+    )
+
+
+def _path(path: trees.Path) -> str:
+    return "".join(f"[{key!r}]" for key in path)
+
+
+def _describe(node: Any) -> str:
+    if isinstance(node, mx.array):
+        return f"an array of shape {tuple(node.shape)}"
+    if isinstance(node, dict):
+        return f"a {type(node).__name__} with keys {list(node)}"
+    if isinstance(node, (list, tuple)):
+        return f"a {type(node).__name__} of {len(node)}"
+    return repr(node)
