@@ -12,14 +12,32 @@ from .transforms.autodiff import grad as grad
 from .transforms.autodiff import jvp as jvp
 from .transforms.autodiff import value_and_grad as value_and_grad
 from .transforms.autodiff import vjp as vjp
+from .transforms.collectives import all_gather as all_gather
+from .transforms.collectives import axis_index as axis_index
+from .transforms.collectives import axis_size as axis_size
+from .transforms.collectives import pmax as pmax
+from .transforms.collectives import pmean as pmean
+from .transforms.collectives import pmin as pmin
+from .transforms.collectives import ppermute as ppermute
+from .transforms.collectives import psum as psum
+from .transforms.collectives import psum_scatter as psum_scatter
 from .transforms.vmap import vmap as vmap
 
 __version__ = "0.1.0"
 __all__ = [
     "NoBatchingRule",
     "PerformanceWarning",
+    "all_gather",
+    "axis_index",
+    "axis_size",
     "grad",
     "jvp",
+    "pmax",
+    "pmean",
+    "pmin",
+    "ppermute",
+    "psum",
+    "psum_scatter",
     "value_and_grad",
     "vjp",
     "vmap",

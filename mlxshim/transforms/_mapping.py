@@ -163,8 +163,10 @@ class MappedOutputError(ValueError):
 class Outputs:
     """The outputs of one call: flat arrays for MLX, and the tree they came in."""
 
-    def __init__(self, out_axes: Any) -> None:
+    def __init__(self, out_axes: Any, named: bool = False) -> None:
         self.spec = out_axes
+        #: Collectives can make an output the same for all samples while it stays mapped.
+        self.named = named
         # MLX reads the list of axes after the trace, when `take` has filled it.
         self.axes: Any = out_axes if type(out_axes) is int else []
         self.tree: Any = None
@@ -178,7 +180,7 @@ class Outputs:
             self._check_axis(tree, self.spec, ())
             self.tree, self.taken = Slot(0), True
             return tree
-        arrays, axes = self._flatten(tree, lambda leaf, path: _unmapped(leaf, path))
+        arrays, axes = self._flatten(tree, self._unmapped)
         if type(self.axes) is not int:
             self.axes[:] = axes
         self.taken = True
@@ -236,6 +238,21 @@ class Outputs:
             raise ValueError("[vmap] The function returned no array.")
         return arrays, axes
 
+    def _unmapped(self, x: mx.array, path: trees.Path) -> Any:
+        """`x` as a node whose batching rule, reached only if `x` is mapped, refuses."""
+        place = len(self.shared) - 1
+
+        def rule(y: mx.array, axis: int) -> Any:
+            first = mx.take(y, 0, axis=axis)
+            if not self.named or not _all_equal(y, mx.expand_dims(first, axis)):
+                raise _mapped_error(path)
+            self.shared[list(self.shared)[place]] = first
+            return y, axis
+
+        node = mx.custom_function(lambda y: y)
+        node.vmap(rule)
+        return node(x)
+
     def _check_axis(self, leaf: mx.array, axis: int, path: trees.Path) -> None:
         if not -leaf.ndim - 1 <= axis <= leaf.ndim:
             raise ValueError(
@@ -255,15 +272,14 @@ class Outputs:
         )
 
 
-def _unmapped(x: mx.array, path: trees.Path) -> Any:
-    """`x` as a node whose batching rule, reached only if `x` is mapped, refuses."""
-
-    def refuse(_: Any, axis: Any) -> Any:
-        raise _mapped_error(path)
-
-    node = mx.custom_function(lambda y: y)
-    node.vmap(refuse)
-    return node(x)
+def _all_equal(x: mx.array, y: mx.array) -> bool:
+    try:
+        return bool(mx.all(x == y))
+    except ValueError:
+        raise MappedOutputError(
+            "[vmap] Whether an output with out_axes=None is the same for all samples cannot be "
+            "seen inside another vmap or mx.compile: give it an axis there."
+        ) from None
 
 
 def _mapped_error(path: trees.Path) -> MappedOutputError:

@@ -43,7 +43,9 @@ def vmap(
             prefix of the arguments. For a function of one argument either the argument's own tree
             of axes or a tuple of one. Keyword arguments are mapped over axis 0.
         out_axes: Where the mapped axis goes in each output: an int, or a prefix of the output.
-            None for an output that does not depend on the sample, which is returned once.
+            None for an output that does not depend on the sample, which is returned once. With
+            an axis_name, an output that collectives made the same for all is one of those; that it
+            is the same is checked by its values.
         axis_name: A name by which collectives inside `fun` know the mapped axis.
         axis_size: The size of the mapped axis. Needed only where no argument is mapped.
         randomness: What `mx.random` functions without a key draw: something "different" for each
@@ -83,7 +85,7 @@ def vmap(
             size = _common_size(args, in_axes)
             if size >= 0 and axis_size in (None, size):
                 # Every argument is a mapped array: the trace is ours to keep short.
-                outputs = Outputs(out_axes)
+                outputs = Outputs(out_axes, axis_name is not None)
                 body = at_vmap(VmapLevel(axis_name, size, randomness), fun)
                 try:
                     results = mx.vmap(
@@ -94,7 +96,7 @@ def vmap(
                     _loop_or_raise(e, outputs, fallback, axis_name)
                     loop = True
         inputs = Inputs(fun, args, kwargs, in_axes, axis_size)
-        outputs = Outputs(out_axes)
+        outputs = Outputs(out_axes, axis_name is not None)
         chunk = chunk_size or max(inputs.size, 1)
         parts: list[list[mx.array]] = []
         for start in range(0, inputs.size, chunk) or (0,):
