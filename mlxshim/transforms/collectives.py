@@ -257,15 +257,15 @@ def psum_scatter(x: Any, axis_name: Hashable, *, scatter_dimension: int = 0) -> 
 
 @functools.lru_cache(maxsize=64)
 def _permute(pairs: tuple[tuple[int, int], ...], size: int) -> _Collective:
-    source = [-1] * size
+    source = [size] * size
     for start, end in pairs:
         source[end] = start
     back = tuple(sorted((end, start) for start, end in pairs))
 
     def rule(x: mx.array) -> mx.array:
-        moved = mx.take(x, mx.array([max(n, 0) for n in source]), axis=0)
-        got = mx.array([n >= 0 for n in source]).reshape(size, *(1,) * (x.ndim - 1))
-        return mx.where(got, moved, mx.zeros_like(moved)) if -1 in source else moved
+        if size in source:  # who gets nothing takes the sample of zeros
+            x = mx.concatenate([x, mx.zeros_like(x[:1])])
+        return mx.take(x, mx.array(source), axis=0)
 
     return _Collective(rule, lambda x, _: mx.zeros_like(x), lambda: _permute(back, size))
 
