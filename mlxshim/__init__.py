@@ -8,6 +8,7 @@ per_sample = vmap(grad(loss), in_axes=(None, 0, 0))
 from . import rules as _rules  # noqa: F401  (registers the interceptions)
 from .core.errors import NoBatchingRule as NoBatchingRule
 from .core.errors import PerformanceWarning as PerformanceWarning
+from .extend import primitive as primitive
 from .transforms.autodiff import grad as grad
 from .transforms.autodiff import jvp as jvp
 from .transforms.autodiff import value_and_grad as value_and_grad
@@ -36,6 +37,7 @@ __all__ = [
     "pmean",
     "pmin",
     "ppermute",
+    "primitive",
     "psum",
     "psum_scatter",
     "value_and_grad",

@@ -1,0 +1,102 @@
+"""A rule of one's own: the README's ten lines, each kind of rule, and a checker that can fail."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+import mlxshim
+from mlxshim.testing import Nonconforming, check
+
+
+def swish():
+    @mlxshim.primitive
+    def swish(x, y, *, beta=1.0):
+        return y * x * mx.sigmoid(beta * x)
+
+    return swish
+
+
+X, Y = mx.random.normal((3, 4)), mx.random.normal((4,))
+
+
+def test_a_decomposition_is_enough():
+    assert check(swish(), X, Y) > 80
+
+
+def test_an_elementwise_operation_is_lowered_once():
+    op, calls = swish(), []
+
+    @op.def_lowering
+    def _(x, y, *, beta=1.0):
+        calls.append((x.shape, y.shape))
+        return y * x * mx.sigmoid(beta * x)
+
+    op.def_elementwise()
+    mlxshim.vmap(lambda x: op(x, Y, beta=2.0), in_axes=2)(mx.random.normal((3, 4, 5)))
+    assert calls == [((5, 3, 4), (5, 3, 4))]
+    calls.clear()
+    mlxshim.vmap(lambda y: op(X, y))(mx.random.normal((5, 4)))
+    assert calls == [((5, 3, 4), (5, 3, 4))]
+    check(op, X, Y)
+
+
+def test_a_vjp_rule_is_used_and_mapped():
+    op, calls = swish(), []
+
+    @op.def_vjp
+    def _(primals, cotangents, outputs, *, beta=1.0):
+        (x, y), (ct,) = primals, cotangents
+        calls.append(beta)
+        s = mx.sigmoid(beta * x)
+        return ct * y * (s + beta * x * s * (1 - s)), ct * x * s
+
+    op.def_elementwise()
+    mlxshim.vmap(mlxshim.grad(lambda x: op(x, Y, beta=3.0).sum()))(mx.random.normal((2, 3, 4)))
+    assert calls == [3.0]
+    check(op, X, Y)
+    check(lambda x, y: op(x, y, beta=0.5), X, Y)
+
+
+def test_several_outputs_and_a_rule_that_folds():
+    @mlxshim.primitive
+    def both(x):
+        return mx.sin(x), x.sum(0)
+
+    @both.def_batch
+    def _(size, arrays, axes):
+        s, t = both(mx.moveaxis(arrays[0], axes[0], 1))
+        return [s, t], [1, 0]
+
+    check(both, X)
+
+
+def test_the_checker_finds_a_wrong_rule():
+    op = swish()
+    op.def_lowering(lambda x, y, *, beta=1.0: x * y)
+    with pytest.raises(Nonconforming, match="call of one sample float32: output 0 differs"):
+        check(op, X, Y)
+
+    op = swish()
+    op.def_vjp(lambda primals, cotangents, outputs, *, beta=1.0: [cotangents[0], primals[1]])
+    with pytest.raises(Nonconforming, match="grad"):
+        check(op, X, Y)
+
+    op = swish()
+    op.def_batch(lambda size, arrays, axes, *, beta=1.0: (op(*arrays, beta=beta), 0))
+    with pytest.raises(Nonconforming, match="vmap in_axes"):
+        check(op, X, Y)
+
+
+def test_the_checker_refuses_to_pass_on_nothing():
+    def broken(x):
+        raise RuntimeError("always")
+
+    with pytest.raises(ValueError, match="nothing was compared"):
+        check(broken, X)
+
+
+def test_mlx_own_transforms_see_the_rules_too():
+    op = swish()
+    op.def_vjp(lambda primals, cotangents, outputs, *, beta=1.0: [primals[0] * 7, primals[1]])
+    assert mx.array_equal(mx.grad(lambda x: op(x, Y).sum())(X), X * 7)
