@@ -19,7 +19,13 @@ def lowering(request, monkeypatch):
     """The path of this device, and the one of a device with fused kernels, rules and all."""
     if request.param == "fused":
         monkeypatch.setattr(rules, "_fuses", lambda arrays, static, stack: "jvp" not in stack)
+        monkeypatch.setattr(rules, "_padding", rows_to_four)
     return request.param
+
+
+def rows_to_four(q, k, causal):
+    """A tile of four, where CUDA's is of 128."""
+    return 0 if causal and q.shape[2] > k.shape[2] else -q.shape[2] % 4
 
 
 def weights(case: Case) -> mx.array:
@@ -417,3 +423,25 @@ def test_integers_are_refused(lowering):
     q = mx.ones((2, 1, 2, 4, 8), mx.int32)
     with pytest.raises(ValueError, match="type"):
         mlxshim.vmap(lambda x: mx.fast.scaled_dot_product_attention(x, x, x, scale=1.0))(q)
+
+
+def test_plain_grad_of_a_ragged_length_is_padded(monkeypatch):
+    """On CUDA a plain gradient is brought to the kernel as well; its derivatives stay MLX's own."""
+    monkeypatch.setattr(rules, "_gpu", lambda stream=None: True)
+    monkeypatch.setattr(rules, "_padding", rows_to_four)
+    lengths = []
+    raw = mx.fast.scaled_dot_product_attention
+
+    def spy(q, *args, **kwargs):
+        lengths.append(q.shape[2])
+        return raw(q, *args, **kwargs)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", spy)
+    for case in CASES:
+        arrays = [case.array(n, (), mx.float32) for n in case.names]
+        numbers = case.floating()
+        got = mlxshim.grad(loss(case, case.call), argnums=numbers)(*arrays)
+        want = mx.grad(loss(case, case.reference), argnums=numbers)(*arrays)
+        assert_close(list(got), list(want), mx.float32)
+    assert {length % 4 for length in lengths if length > 4} == {0, 5 % 4, 6 % 4}
+    assert 8 in lengths

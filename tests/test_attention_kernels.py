@@ -1,4 +1,5 @@
-"""Shapes at which CUDA has fused kernels, forward and backward: half precision, L = 128, D = 64.
+"""Shapes at which CUDA has fused kernels, forward and backward: half precision, L = 128, D = 64,
+and lengths that are brought to them.
 
 They are right everywhere; where there is a kernel they are run through it.
 """
@@ -12,6 +13,7 @@ from attention_cases import Case, arguments, assert_close, loop
 import mlxshim
 
 SHAPE = {"batch": 1, "q_length": 128, "k_length": 128, "dim": 64, "value_dim": 64}
+RAGGED = {"batch": 1, "q_length": 100, "k_length": 100, "dim": 64, "value_dim": 64}
 CASES = [
     Case("gqa", **SHAPE),
     Case("gqa-causal", mask="causal", **SHAPE),
@@ -22,6 +24,13 @@ CASES = [
     Case("gqa-sinks", sinks=True, **SHAPE),
     Case("gqa-sinks-causal", sinks=True, mask="causal", **SHAPE),
     Case("gqa-value-dim", mask="causal", **{**SHAPE, "value_dim": 128}),
+    Case("ragged", **RAGGED),
+    Case("ragged-causal", mask="causal", **RAGGED),
+    Case("ragged-causal-longer-keys", mask="causal", **{**RAGGED, "k_length": 203}),
+    Case("ragged-additive", mask="additive", mask_shape=(1, 1, 100, 100), **RAGGED),
+    Case("ragged-additive-keys", mask="additive", mask_shape=(100,), **RAGGED),
+    Case("ragged-bool", mask="bool", mask_shape=(100, 100), **RAGGED),
+    Case("ragged-sinks-causal", sinks=True, mask="causal", **RAGGED),
     Case("gqa-longer-keys", mask="causal", **{**SHAPE, "k_length": 256}),
 ]
 
@@ -71,6 +80,21 @@ def test_gradient(case, mapped, kind, compiled):
     got = mine(*arrays)
     one = mx.grad(loss(case.reference), argnums=numbers)
     assert_close(list(got), loop(lambda *xs: list(one(*xs)), arrays, axes), mx.bfloat16)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("kind", ["weighted", "sum"])
+def test_plain_gradient(case, kind):
+    arrays = [case.array(n, (), mx.bfloat16) for n in case.names]
+    w = mx.random.normal((case.heads, case.q_length, case.value_dim))
+
+    def loss(fun):
+        return lambda *xs: (fun(*xs).astype(mx.float32) * (w if kind == "weighted" else 1.0)).sum()
+
+    numbers = case.floating()
+    got = mlxshim.grad(loss(case.call), argnums=numbers)(*arrays)
+    want = mx.grad(loss(case.reference), argnums=numbers)(*arrays)
+    assert_close(list(got), list(want), mx.bfloat16)
 
 
 def test_two_levels():

@@ -186,8 +186,8 @@ def _loop_or_raise(
 
 def _why_loop(error: Exception, outputs: Outputs) -> str | None:
     """What a loop would mend, in words; None for an error that is the caller's."""
-    if isinstance(error, MappedOutputError):
-        return None
+    if isinstance(error, (MappedOutputError, TypeError)):
+        return None  # a TypeError is a call that no loop would accept either
     said = str(error)
     if isinstance(error, NoBatchingRule):
         return said
