@@ -1,3 +1,5 @@
 """The rules: one file a family of operations. Importing a family registers its interceptions."""
 
 from . import attention as attention
+from . import norms as norms
+from . import positions as positions

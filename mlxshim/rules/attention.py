@@ -20,6 +20,8 @@ from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ._constants import constant
+from ._devices import gpu as _gpu
+from ._dtypes import promoted
 from ._mlx_0_31 import keep_where, matmul
 
 _FLOOR = {t: mx.finfo(t).min for t in (mx.float64, mx.float32, mx.float16, mx.bfloat16)}
@@ -90,7 +92,7 @@ def _check(
     """The dtype to compute in; what MLX refuses is refused here, in its words where it has any."""
     if isinstance(q, mx.array) and isinstance(k, mx.array) and isinstance(v, mx.array):
         qs, ks, vs = q.shape, k.shape, v.shape
-        dtype = _promoted(q, k, v)
+        dtype = promoted(q, k, v)
         if (
             len(qs) == len(ks) == len(vs) == 4
             and qs[0] == ks[0] == vs[0]
@@ -125,29 +127,10 @@ def _sinks_fit(sinks: Any, heads: int, dtype: mx.Dtype) -> bool:
 
 
 def _promotes(x: mx.array, dtype: mx.Dtype) -> bool:
-    return x.dtype == dtype or _promoted(x, mx.zeros((), dtype)) == dtype
-
-
-def _promoted(*arrays: mx.array) -> mx.Dtype | None:
-    """The floating dtype that MLX computes in, None if there is none (no `result_type` in 0.31)."""
-    first = arrays[0].dtype
-    if first in _FLOOR and all(x.dtype == first for x in arrays):
-        return first
-    dtypes = {x.dtype for x in arrays}
-    if mx.complex64 in dtypes:
-        return None
-    floating = dtypes & _FLOOR.keys()
-    if len(floating) < 2:
-        return next(iter(floating), None)
-    return mx.float64 if mx.float64 in floating else mx.float32
+    return x.dtype == dtype or promoted(x, mx.zeros((), dtype)) == dtype
 
 
 # What the device has ---------------------------------------------------------------------------
-
-
-def _gpu(stream: Any = None) -> bool:
-    device = mx.default_device() if stream is None else getattr(stream, "device", stream)
-    return device.type == mx.gpu if isinstance(device, mx.Device) else device == mx.gpu
 
 
 def _fuses(arrays: list[mx.array], static: dict[str, Any], stack: list[Any]) -> bool:

@@ -1,0 +1,21 @@
+"""The dtype that MLX computes in; it has no public `result_type` in 0.31."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+FLOATING = (mx.float16, mx.bfloat16, mx.float32, mx.float64)
+
+
+def promoted(*arrays: mx.array) -> mx.Dtype | None:
+    """The floating dtype of an operation on these arrays, None if it is none."""
+    first = arrays[0].dtype
+    if first in FLOATING and all(x.dtype == first for x in arrays):
+        return first
+    dtypes = {x.dtype for x in arrays}
+    if mx.complex64 in dtypes:
+        return None
+    floating = dtypes.intersection(FLOATING)
+    if len(floating) < 2:
+        return next(iter(floating), None)
+    return mx.float64 if mx.float64 in floating else mx.float32
