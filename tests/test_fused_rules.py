@@ -45,7 +45,7 @@ CASES = {
     "rope, three axes": (rope(), X),
     "rope, traditional": (rope(traditional=True, scale=0.5), R),
     "rope, half of it": (rope(dims=4), R),
-    "rope, half of it, traditional": (rope(dims=2, traditional=True), R),
+    "rope, half of it, traditional": (rope(dims=4, traditional=True), R),
     "rope, frequencies": (
         lambda x, f: rope(base=None, freqs=f)(x),
         R,
