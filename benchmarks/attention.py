@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -28,36 +26,7 @@ import mlx.core as mx
 
 import mlxshim
 
-Thunk = Callable[[], list[mx.array]]
-GPU = mx.default_device().type == mx.gpu
-
-
-def measure(fun: Thunk, repeats: int, seconds: float = 1.5) -> dict[str, float]:
-    """Milliseconds of one call, alone and among others, and its peak MiB above the inputs."""
-    mx.clear_cache()
-    mx.eval(fun())
-    mx.synchronize()
-    mx.clear_cache()
-    active = mx.get_active_memory()
-    mx.reset_peak_memory()
-    mx.eval(fun())
-    mx.synchronize()
-    peak = (mx.get_peak_memory() - active) / 2**20
-    times, start = [], time.perf_counter()
-    while len(times) < repeats and (len(times) < 3 or time.perf_counter() - start < seconds):
-        begin = time.perf_counter()
-        mx.eval(fun())
-        mx.synchronize()
-        times.append((time.perf_counter() - begin) * 1e3)
-    calls = 20 if statistics.median(times) < 50 else 3
-    shares = []
-    for _ in range(5 if calls == 20 else 1):
-        begin = time.perf_counter()
-        for _ in range(calls):
-            mx.async_eval(fun())
-        mx.synchronize()
-        shares.append((time.perf_counter() - begin) * 1e3 / calls)
-    return {"ms": statistics.median(times), "pipelined_ms": statistics.median(shares), "mib": peak}
+from ._measure import GPU, Thunk, by_loop, describe_machine, error_of, measure
 
 
 def sdpa(q: mx.array, k: mx.array, v: mx.array, mask: str | None = "causal") -> mx.array:
@@ -66,11 +35,6 @@ def sdpa(q: mx.array, k: mx.array, v: mx.array, mask: str | None = "causal") -> 
 
 def fold(x: mx.array) -> mx.array:
     return mx.flatten(x, 0, 1)
-
-
-def by_loop(fun: Callable[..., list[mx.array]], arrays: list[mx.array]) -> list[mx.array]:
-    results = [fun(*sample) for sample in zip(*arrays)]
-    return [mx.stack(list(outs)) for outs in zip(*results)]
 
 
 def forward(arrays: list[mx.array]) -> dict[str, Thunk]:
@@ -190,11 +154,6 @@ def tracing() -> dict[str, dict[str, float]]:
     return table
 
 
-def error_of(got: list[mx.array], want: list[mx.array]) -> float:
-    pairs = [(g.astype(mx.float32), w.astype(mx.float32)) for g, w in zip(got, want)]
-    return max(float(mx.linalg.norm(g - w) / mx.linalg.norm(w)) for g, w in pairs)
-
-
 def run(
     contenders: dict[str, Thunk],
     options: argparse.Namespace,
@@ -310,17 +269,9 @@ def main() -> None:
 
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:
-    try:
-        device = dict(mx.device_info())
-    except (AttributeError, TypeError, RuntimeError):
-        device = {}
     return {
         "command": " ".join(["python -m benchmarks.attention", *sys.argv[1:]]),
-        "device": device.get("device_name", platform.processor() or platform.machine()),
-        "backend": str(mx.default_device()),
-        "mlx": mx.__version__,
-        "mlxshim": mlxshim.__version__,
-        "python": platform.python_version(),
+        **describe_machine(),
         "samples": options.samples,
         "heads": options.heads,
         "dim": options.dim,

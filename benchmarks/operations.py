@@ -1,0 +1,179 @@
+"""Fused operations under vmap and vmap(grad): by hand, mlxshim, mx.vmap.
+
+    python -m benchmarks.operations [--json FILE] [--only NAME,...]
+
+Norms and rope at (16, 2048, 4096), matmuls by quantized weights, and the gradient of attention at
+a ragged length against the next multiple of 128; bfloat16 on a GPU, smaller on a CPU. Times and
+memory as in `benchmarks.attention`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+import mlxshim
+
+from ._measure import GPU, describe_machine, error_of, measure
+
+DTYPE = mx.bfloat16 if GPU else mx.float32
+N, L, D = (16, 2048, 4096) if GPU else (4, 64, 256)
+Contenders = dict[str, Callable[[], Any]]
+
+
+def normal(*shape: int, dtype: mx.Dtype = DTYPE) -> mx.array:
+    x = mx.random.normal(shape).astype(dtype)
+    mx.eval(x)
+    return x
+
+
+def both(fun: Callable[..., mx.array], batch: mx.array, *shared: mx.array) -> Contenders:
+    """`fun` takes the batch as it is; each sample is one entry of it."""
+    axes = (0, *(None for _ in shared))
+    one = lambda x, *rest: fun(x[None], *rest)[0]  # noqa: E731
+    mine, native = mlxshim.vmap(one, in_axes=axes), mx.vmap(one, in_axes=axes)
+    return {
+        "by hand": functools.partial(fun, batch, *shared),
+        "mlxshim": functools.partial(mine, batch, *shared),
+        "mlxshim, compiled": functools.partial(mx.compile(mine), batch, *shared),
+        "mx.vmap": functools.partial(native, batch, *shared),
+    }
+
+
+def gradients(fun: Callable[..., mx.array], batch: mx.array, *shared: mx.array) -> Contenders:
+    """The gradient for the batch of a loss that weighs every entry."""
+    weight = normal(*batch.shape)
+    axes = (0, 0, *(None for _ in shared))
+
+    def loss(x: mx.array, w: mx.array, *rest: mx.array) -> mx.array:
+        return (fun(x, *rest) * w).sum()
+
+    one = lambda x, w, *rest: loss(x[None], w[None], *rest)  # noqa: E731
+    mine = mlxshim.vmap(mlxshim.grad(one), in_axes=axes)
+    native = mx.vmap(mx.grad(one), in_axes=axes)
+    everything = (batch, weight, *shared)
+    return {
+        "by hand": functools.partial(mx.grad(loss), *everything),
+        "mlxshim": functools.partial(mine, *everything),
+        "mlxshim, compiled": functools.partial(mx.compile(mine), *everything),
+        "mx.vmap": functools.partial(native, *everything),
+    }
+
+
+def rms(x: mx.array, w: mx.array) -> mx.array:
+    return mx.fast.rms_norm(x, w, 1e-5)
+
+
+def layer(x: mx.array, w: mx.array, b: mx.array) -> mx.array:
+    return mx.fast.layer_norm(x, w, b, 1e-5)
+
+
+def rope(x: mx.array) -> mx.array:
+    return mx.fast.rope(x, 128, traditional=False, base=1e4, scale=1.0, offset=0)
+
+
+def quantized(x: mx.array, w: mx.array, s: mx.array, b: mx.array) -> mx.array:
+    return mx.quantized_matmul(x, w, s, b, transpose=True)
+
+
+def experts(x: mx.array, w: mx.array, s: mx.array, b: mx.array) -> mx.array:
+    rows = mx.arange(x.shape[1]) % w.shape[0]
+    chosen = mx.broadcast_to(rows, x.shape[:2])
+    return mx.gather_qmm(x[..., None, :], w, s, b, rhs_indices=chosen, transpose=True)
+
+
+def ragged(length: int) -> Contenders:
+    """The gradient of one attention call for a batch of N sequences."""
+    arrays = [normal(N, h, length, 128) for h in (32, 8, 8, 32)]
+
+    def loss(q: mx.array, k: mx.array, v: mx.array, w: mx.array) -> mx.array:
+        scale = q.shape[-1] ** -0.5
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+        return (out * w).astype(mx.float32).sum()
+
+    one = lambda *xs: loss(*(x[None] for x in xs))  # noqa: E731
+    numbers = [0, 1, 2]
+    return {
+        "by hand": functools.partial(mx.grad(loss, argnums=numbers), *arrays),
+        "mlxshim": functools.partial(mlxshim.vmap(mlxshim.grad(one, argnums=numbers)), *arrays),
+        "mlxshim, grad alone": functools.partial(mlxshim.grad(loss, argnums=numbers), *arrays),
+    }
+
+
+def sections() -> dict[str, Callable[[], Contenders]]:
+    x, w, b = functools.partial(normal, N, L, D), normal(D), normal(D)
+    heads = functools.partial(normal, N, D // 128, L, 128)
+    length = 2000 if GPU else 100
+    tile = -(-length // 128) * 128
+
+    def packed(*shape: int) -> Any:
+        return mx.quantize(normal(*shape), group_size=64, bits=4)
+
+    rows = functools.partial(normal, N, L // 8, D)
+    return {
+        "rms_norm": lambda: both(rms, x(), w),
+        "rms_norm, grad": lambda: gradients(rms, x(), w),
+        "layer_norm": lambda: both(layer, x(), w, b),
+        "layer_norm, grad": lambda: gradients(layer, x(), w, b),
+        "rope": lambda: both(rope, heads()),
+        "rope, grad": lambda: gradients(rope, heads()),
+        "quantized_matmul": lambda: both(quantized, rows(), *packed(D, D)),
+        "quantized_matmul, grad": lambda: gradients(quantized, rows(), *packed(D, D)),
+        "gather_qmm": lambda: both(experts, rows(), *packed(8, D // 4, D)),
+        f"attention, grad, L={length}": lambda: ragged(length),
+        f"attention, grad, L={tile}": lambda: ragged(tile),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--json")
+    parser.add_argument("--only", default="", help="names, or beginnings of them")
+    parser.add_argument("--repeats", type=int, default=30)
+    options = parser.parse_args()
+    about = {
+        "command": " ".join(["python -m benchmarks.operations", *sys.argv[1:]]),
+        **describe_machine(),
+        "shape": [N, L, D],
+        "dtype": str(DTYPE),
+    }
+    print(json.dumps(about))
+    rows: list[dict[str, Any]] = []
+    wanted = tuple(options.only.split(",")) if options.only else ("",)
+    for section, build in sections().items():
+        if not section.startswith(wanted):
+            continue
+        contenders = build()
+        want: list[mx.array] | None = None
+        for name, fun in contenders.items():
+            row: dict[str, Any] = {"section": section, "contender": name}
+            rows.append(row)
+            try:
+                got = fun()
+                got = [got] if isinstance(got, mx.array) else list(got)
+                want = want or got
+                row["error"] = error_of(got, [w.reshape(g.shape) for w, g in zip(want, got)])
+                row.update(measure(fun, options.repeats))
+            except Exception as error:
+                row["note"] = f"{type(error).__name__}: {error}"[:120]
+            ms, piped, mib = (row.get(key, float("nan")) for key in ("ms", "pipelined_ms", "mib"))
+            print(
+                f"{section:<26} {name:<22} {ms:9.3f} ms {piped:9.3f} pipelined ms {mib:9.1f} MiB"
+                f"  error {row.get('error', float('nan')):.1e}  {row.get('note', '')}",
+                flush=True,
+            )
+    if options.json:
+        Path(options.json).write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
