@@ -35,10 +35,9 @@ def normal(*shape: int, dtype: mx.Dtype = DTYPE) -> mx.array:
 
 
 def both(fun: Callable[..., mx.array], batch: mx.array, *shared: mx.array) -> Contenders:
-    """`fun` takes the batch as it is; each sample is one entry of it."""
+    """`fun` takes the batch as well as one sample of it."""
     axes = (0, *(None for _ in shared))
-    one = lambda x, *rest: fun(x[None], *rest)[0]  # noqa: E731
-    mine, native = mlxshim.vmap(one, in_axes=axes), mx.vmap(one, in_axes=axes)
+    mine, native = mlxshim.vmap(fun, in_axes=axes), mx.vmap(fun, in_axes=axes)
     return {
         "by hand": functools.partial(fun, batch, *shared),
         "mlxshim": functools.partial(mine, batch, *shared),
@@ -55,9 +54,8 @@ def gradients(fun: Callable[..., mx.array], batch: mx.array, *shared: mx.array) 
     def loss(x: mx.array, w: mx.array, *rest: mx.array) -> mx.array:
         return (fun(x, *rest) * w).sum()
 
-    one = lambda x, w, *rest: loss(x[None], w[None], *rest)  # noqa: E731
-    mine = mlxshim.vmap(mlxshim.grad(one), in_axes=axes)
-    native = mx.vmap(mx.grad(one), in_axes=axes)
+    mine = mlxshim.vmap(mlxshim.grad(loss), in_axes=axes)
+    native = mx.vmap(mx.grad(loss), in_axes=axes)
     everything = (batch, weight, *shared)
     return {
         "by hand": functools.partial(mx.grad(loss), *everything),
@@ -84,8 +82,8 @@ def quantized(x: mx.array, w: mx.array, s: mx.array, b: mx.array) -> mx.array:
 
 
 def experts(x: mx.array, w: mx.array, s: mx.array, b: mx.array) -> mx.array:
-    rows = mx.arange(x.shape[1]) % w.shape[0]
-    chosen = mx.broadcast_to(rows, x.shape[:2])
+    rows = mx.arange(x.shape[-2]) % w.shape[0]
+    chosen = mx.broadcast_to(rows, x.shape[:-1])
     return mx.gather_qmm(x[..., None, :], w, s, b, rhs_indices=chosen, transpose=True)
 
 
