@@ -244,3 +244,10 @@ def test_import_is_light():
     code = f"import sys, mlxshim; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_an_output_may_be_there_twice():
+    xs = mx.random.normal((2, 3, 5))
+    twice = vmap(lambda x: [x, x], in_axes=1)(xs)
+    assert [y.shape for y in twice] == [(3, 2, 5), (3, 2, 5)]
+    assert mx.array_equal(twice[0], twice[1]).item()

@@ -223,6 +223,9 @@ class Outputs:
                 self.shared[len(arrays)] = leaf
                 leaf, axis = share(leaf, path), 0
             self._check_axis(leaf, axis, path)
+            if arrays and leaf.ndim:
+                # MLX moves the axis of an output that is there twice twice: make it another node.
+                leaf = mx.transpose(leaf, tuple(range(leaf.ndim)))
             arrays.append(leaf)
             axes.append(axis)
             return Slot(len(arrays) - 1)
