@@ -309,13 +309,17 @@ def _derivatives(
             )
         return
     if mode == "vmap(vjp)":
+        # On other axes than the first too: rules move them, and vjp rules meet them anywhere.
+        shift = sum(axis for axis in place if axis is not None)
+        own = tuple(shift % (y.ndim + 1) for y in one)
+        shapes = [(*y.shape[:a], samples.SIZE, *y.shape[a:]) for y, a in zip(one, own)]
         cotangents = [
-            mx.random.normal((samples.SIZE, *y.shape)).astype(y.dtype)
+            mx.random.normal(shape).astype(y.dtype)
             if mx.issubdtype(y.dtype, mx.floating)
-            else mx.zeros((samples.SIZE, *y.shape), y.dtype)
-            for y in one
+            else mx.zeros(shape, y.dtype)
+            for y, shape in zip(one, shapes)
         ]
-        axes = place + (0,) * len(cotangents)
+        axes = place + own
 
         def pullback(transforms: Any, of: Fun) -> Fun:
             def pull(*xs: mx.array) -> Any:

@@ -1,4 +1,4 @@
-"""Cases in a process of their own: a crash or a hang is a failing case, not the end of the run."""
+"""Cases in a process of their own: a crash or a hang is one failing case, the run goes on."""
 
 from __future__ import annotations
 
