@@ -1,5 +1,8 @@
 """The rules: one file a family of operations. Importing a family registers its interceptions."""
 
 from . import attention as attention
+from . import axes as axes
+from . import elementwise as elementwise
 from . import norms as norms
 from . import positions as positions
+from . import spectral as spectral

@@ -1,0 +1,159 @@
+"""Several axes at once: expand_dims, squeeze, reductions, and indices of several ints or Nones.
+
+MLX's batching rule of ExpandDims decides whether a new axis comes before the mapped one by the
+mapped axis' place in the input. With several new axes that is wrong unless the mapped axis is the
+first, or the new ones all but the first come last: the result has a transposed shape, or the right
+shape and wrong numbers. Squeeze's vjp, Reduce's jvp and every index are made of it. One axis at a
+time is always right, and moves nothing.
+
+Source: mlx/primitives.cpp, `ExpandDims::vmap`, `Squeeze::vjp`, `Reduce::jvp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ..core import levels
+from ..core.interception import intercept, original
+
+
+def _unsafe(axes: Any, ndim: int) -> list[int] | None:
+    """`axes` of an array of `ndim` dimensions, in order, if they must not be expanded at once."""
+    if not isinstance(axes, (tuple, list)) or len(axes) < 2 or "vmap" not in levels.active():
+        return None
+    if any(type(axis) is not int or not -ndim <= axis < ndim for axis in axes):
+        return None  # MLX's own message
+    ordered = sorted({axis % ndim for axis in axes})
+    if len(ordered) != len(axes):
+        return None
+    others = ndim - len(ordered)
+    # `axis - j` dimensions that stay come before the j-th of the axes.
+    return ordered if any(axis - j < others for j, axis in enumerate(ordered) if j) else None
+
+
+def _expand(a: mx.array, axes: Sequence[int], stream: Any) -> mx.array:
+    for axis in axes:
+        a = original(mx, "expand_dims")(a, axis, stream=stream)
+    return a
+
+
+def _squeeze(a: mx.array, axes: Sequence[int], stream: Any) -> mx.array:
+    for axis in reversed(axes):
+        a = original(mx, "squeeze")(a, axis, stream=stream)
+    return a
+
+
+@intercept(mx, "expand_dims")
+def expand_dims(a: mx.array, axis: Any, *, stream: Any = None) -> mx.array:
+    several = isinstance(axis, (tuple, list)) and _unsafe(axis, a.ndim + len(axis))
+    if not several:
+        return original(mx, "expand_dims")(a, axis, stream=stream)
+    return _expand(a, several, stream)
+
+
+def _squeezing(owner: Any) -> None:
+    @intercept(owner, "squeeze")
+    def squeeze(a: mx.array, axis: Any = None, *, stream: Any = None) -> mx.array:
+        if "vmap" in levels.active():
+            axes = [i for i, n in enumerate(a.shape) if n == 1] if axis is None else axis
+            several = _unsafe(axes, a.ndim)
+            if several:
+                return _squeeze(a, several, stream)
+        return original(owner, "squeeze")(a, axis, stream=stream)
+
+
+# Reductions -------------------------------------------------------------------------------------
+
+
+def _summing(owner: Any, name: str) -> None:
+    """Sums keep the reduced axes and lose them one by one."""
+
+    @intercept(owner, name)
+    def reduce(
+        a: mx.array, axis: Any = None, keepdims: bool = False, *args: Any, **kwargs: Any
+    ) -> mx.array:
+        several = None if keepdims else _unsafe(axis, a.ndim)
+        if not several:
+            return original(owner, name)(a, axis, keepdims, *args, **kwargs)
+        out = original(owner, name)(a, axis, True, *args, **kwargs)
+        return _squeeze(out, several, kwargs.get("stream"))
+
+
+def _selecting(owner: Any, name: str) -> None:
+    """Extrema and products have expand_dims in their derivative: the reduced axes go last."""
+
+    @intercept(owner, name)
+    def reduce(a: mx.array, axis: Any = None, keepdims: bool = False, *, stream: Any = None) -> Any:
+        several = _unsafe(axis, a.ndim)
+        if not several:
+            return original(owner, name)(a, axis, keepdims, stream=stream)
+        a = _to_the_end(a, several, stream)
+        out = original(owner, name)(a, _last(several), False, stream=stream)
+        if not keepdims:
+            return out
+        if isinstance(out, mx.array):
+            return _expand(out, several, stream)
+        return tuple(_expand(x, several, stream) for x in out)
+
+
+def _to_the_end(a: mx.array, axes: Sequence[int], stream: Any) -> mx.array:
+    stay = [i for i in range(a.ndim) if i not in axes]
+    return mx.transpose(a, (*stay, *axes), stream=stream)
+
+
+def _last(axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(range(-len(axes), 0))
+
+
+@intercept(mx.linalg, "norm")
+def norm(
+    a: mx.array, /, ord: Any = None, axis: Any = None, keepdims: bool = False, *, stream: Any = None
+) -> mx.array:
+    several = _unsafe(axis, a.ndim)
+    if axis is None or not several:
+        return original(mx.linalg, "norm")(a, ord, axis, keepdims, stream=stream)
+    rows, columns = axis  # in the caller's order, which a matrix norm tells apart
+    a = _to_the_end(a, [rows % a.ndim, columns % a.ndim], stream)
+    out = original(mx.linalg, "norm")(a, ord, (-2, -1), False, stream=stream)
+    return _expand(out, several, stream) if keepdims else out
+
+
+_squeezing(mx)
+_squeezing(mx.array)
+for _owner in (mx, mx.array):
+    for _name in ("sum", "mean", "var", "std", "logsumexp"):
+        _summing(_owner, _name)
+    for _name in ("max", "min", "prod", "median", "minmax"):
+        if hasattr(_owner, _name):
+            _selecting(_owner, _name)
+
+
+# Indices ----------------------------------------------------------------------------------------
+
+
+@intercept(mx.array, "__getitem__")
+def __getitem__(a: mx.array, key: Any) -> mx.array:
+    raw: Callable[..., mx.array] = original(mx.array, "__getitem__")
+    if type(key) is not tuple or "vmap" not in levels.active():
+        return raw(a, key)
+    ints = sum(type(k) is int for k in key)
+    nones = sum(k is None for k in key)
+    if ints < 2 and nones < 2:
+        return raw(a, key)
+    if any(k is Ellipsis for k in key):
+        i = next(i for i, k in enumerate(key) if k is Ellipsis)
+        missing = a.ndim - (len(key) - nones - 1)
+        key = (*key[:i], *(slice(None),) * missing, *key[i + 1 :])
+    # A new axis is an axis of one that is taken whole.
+    a = _expand(a, [i for i, k in enumerate(key) if k is None], None)
+    key = tuple(slice(None) if k is None else k for k in key)
+    if not all(isinstance(k, (int, slice)) for k in key):
+        return raw(a, key)  # beside arrays, an int is gathered, not squeezed
+    dropped = [i for i, k in enumerate(key) if type(k) is int]
+    if any(not -a.shape[i] <= key[i] < a.shape[i] for i in dropped):
+        return raw(a, key)
+    key = tuple(slice(k % n, k % n + 1) if type(k) is int else k for k, n in zip(key, a.shape))
+    return _squeeze(raw(a, key), dropped, None)
