@@ -108,19 +108,29 @@ def _last(axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(range(-len(axes), 0))
 
 
-@intercept(mx.linalg, "norm")
-def norm(
-    a: mx.array, /, ord: Any = None, axis: Any = None, keepdims: bool = False, *, stream: Any = None
-) -> mx.array:
-    several = _unsafe(axis, a.ndim)
-    if axis is None or not several:
-        return original(mx.linalg, "norm")(a, ord, axis, keepdims, stream=stream)
-    rows, columns = axis  # in the caller's order, which a matrix norm tells apart
-    a = _to_the_end(a, [rows % a.ndim, columns % a.ndim], stream)
-    out = original(mx.linalg, "norm")(a, ord, (-2, -1), False, stream=stream)
-    return _expand(out, several, stream) if keepdims else out
+def _norm(owner: Any, name: str) -> None:
+    @intercept(owner, name)
+    def norm(
+        a: mx.array,
+        /,
+        ord: Any = None,
+        axis: Any = None,
+        keepdims: bool = False,
+        *,
+        stream: Any = None,
+    ) -> mx.array:
+        several = _unsafe(axis, a.ndim)
+        if axis is None or not several:
+            return original(owner, name)(a, ord, axis, keepdims, stream=stream)
+        # In the caller's order, which a matrix norm tells apart.
+        a = _to_the_end(a, [i % a.ndim for i in axis], stream)
+        out = original(owner, name)(a, ord, _last(several), False, stream=stream)
+        return _expand(out, several, stream) if keepdims else out
 
 
+_norm(mx.linalg, "norm")
+if hasattr(mx, "matrix_norm"):
+    _norm(mx, "matrix_norm")
 _squeezing(mx)
 _squeezing(mx.array)
 for _owner in (mx, mx.array):

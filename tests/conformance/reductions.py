@@ -77,6 +77,8 @@ case("softmax/precise", lambda x: mx.softmax(x, axis=-1, precise=True), normal(3
 case("median", lambda x: mx.median(x, axis=1), normal(2, 3))
 case("median/even", lambda x: mx.median(x, axis=0, keepdims=True), normal(4, 3))
 case("median/everything", mx.median, normal(2, 3))
+case("linalg.norm/leading axes", lambda x: mx.linalg.norm(x, axis=(1, 0)), normal(2, 3, 4))
+case("matrix_norm", lambda x: mx.matrix_norm(x, axis=(0, 1), keepdims=True), normal(2, 3, 4))
 case("trace", mx.trace, normal(3, 4))
 case("trace/axes", lambda x: mx.trace(x, 1, axis1=0, axis2=2), normal(3, 2, 4))
 case("diff", lambda x: mx.diff(x, axis=0), normal(4, 3))
