@@ -3,6 +3,10 @@
 Library code (`mlx.nn`, mlx-lm, …) looks an operation up by attribute at call time, so replacing
 the attribute for the length of a transform reaches it. The replacement is visible to every thread,
 but takes over only in a thread that is tracing; in any other it is a plain call of the original.
+
+Modules are exchanged whole, in a microsecond, and put back on every way out of a transform. A type
+(`mx.array`) is slow to change, a microsecond for each method: its replacements stay behind when the
+last transform ends, and the first call of any of them outside a transform puts all of them back.
 """
 
 from __future__ import annotations
@@ -10,7 +14,8 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from operator import itemgetter
+from types import ModuleType
 from typing import Any, TypeVar
 
 from . import levels
@@ -18,41 +23,79 @@ from . import levels
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-@dataclass
 class Interception:
-    """One attribute of one MLX namespace, and what stands in for it while a transform runs."""
+    """One attribute of an MLX module or type, and what stands in for it while a transform runs."""
 
-    owner: Any
-    name: str
-    handler: Callable[..., Any]
-    original: Callable[..., Any]
-    stand_in: Callable[..., Any] = field(init=False)
+    def __init__(self, owner: Any, name: str, handler: Callable[..., Any]) -> None:
+        self.owner, self.name, self.handler = owner, name, handler
+        self.original: Callable[..., Any] = getattr(owner, name)
+        self.stand_in = self._new_stand_in()
 
-    def __post_init__(self) -> None:
-        handler, active = self.handler, levels.active
+    def _new_stand_in(self) -> Callable[..., Any]:
+        handler, active, original = self.handler, levels.active, self.original
+        on_type = not isinstance(self.owner, ModuleType)
 
-        @functools.wraps(self.original)
+        @functools.wraps(original)
         def stand_in(*args: Any, **kwargs: Any) -> Any:
-            if active():
+            # One that somebody has wrapped and put back is out of date, and stands aside.
+            if active() and self.stand_in is stand_in:
                 return handler(*args, **kwargs)
-            return self.original(*args, **kwargs)
+            if on_type and not _users:
+                _restore_types()
+            return original(*args, **kwargs)
 
-        self.stand_in = stand_in
+        return stand_in
+
+    def refresh(self, current: Callable[..., Any]) -> None:
+        """Stand in for `current`: somebody may have replaced the function before we came."""
+        if current is not self.original:
+            self.original = current
+            self.stand_in = self._new_stand_in()
+
+
+class _Module:
+    """All that is intercepted in one module; its dictionary is updated in one go."""
+
+    def __init__(self, owner: ModuleType) -> None:
+        self.namespace = vars(owner)
+        self.entries: list[Interception] = []
 
     def put_in(self) -> None:
-        # Read anew each time: somebody may have replaced the function before we came.
-        self.original = getattr(self.owner, self.name)
-        setattr(self.owner, self.name, self.stand_in)
+        names = [e.name for e in self.entries]
+        self._current: Any = itemgetter(*names, names[0])
+        self.originals = {e.name: e.original for e in self.entries}
+        self.stand_ins = {e.name: e.stand_in for e in self.entries}
+        self._expected = self._current(self.originals)
+        self._placed = self._current(self.stand_ins)
+        # From now on only what has changed is looked at.
+        self.put_in = self._put_in
+        self._put_in()
+
+    def _put_in(self) -> None:
+        if self._current(self.namespace) != self._expected:
+            for entry in self.entries:
+                entry.refresh(self.namespace[entry.name])
+            del self.put_in
+            self.put_in()
+            return
+        self.namespace.update(self.stand_ins)
 
     def take_out(self) -> None:
+        if self._current(self.namespace) == self._placed:
+            self.namespace.update(self.originals)
+            return
         # What was put over ours meanwhile belongs to somebody else.
-        if getattr(self.owner, self.name) is self.stand_in:
-            setattr(self.owner, self.name, self.original)
+        for entry in self.entries:
+            if self.namespace[entry.name] is entry.stand_in:
+                self.namespace[entry.name] = entry.original
 
 
-_table: list[Interception] = []
-_lock = threading.Lock()
+_table: dict[tuple[Any, str], Interception] = {}
+_modules: dict[Any, _Module] = {}
+_on_types: list[Interception] = []
+_lock = threading.RLock()
 _users = 0
+_types_replaced = False
 
 
 def intercept(owner: Any, name: str) -> Callable[[F], F]:
@@ -63,7 +106,16 @@ def intercept(owner: Any, name: str) -> Callable[[F], F]:
     """
 
     def register(handler: F) -> F:
-        _table.append(Interception(owner, name, handler, getattr(owner, name)))
+        assert (owner, name) not in _table, f"{name} of {owner} has a handler"
+        with _lock:
+            entry = _table[owner, name] = Interception(owner, name, handler)
+            if isinstance(owner, ModuleType):
+                module = _modules.setdefault(owner, _Module(owner))
+                module.entries.append(entry)
+                module.__dict__.pop("put_in", None)
+            else:
+                _restore_types()
+                _on_types.append(entry)
         return handler
 
     return register
@@ -71,11 +123,11 @@ def intercept(owner: Any, name: str) -> Callable[[F], F]:
 
 def original(owner: Any, name: str) -> Callable[..., Any]:
     """The function that `owner.name` is outside every transform."""
-    for entry in _table:
-        if entry.owner is owner and entry.name == name:
-            current = getattr(owner, name)
-            return entry.original if current is entry.stand_in else current
-    return getattr(owner, name)
+    entry = _table.get((owner, name))
+    if entry is not None and _users:
+        return entry.original
+    current = getattr(owner, name)
+    return current if entry is None or current is not entry.stand_in else entry.original
 
 
 def in_place() -> bool:
@@ -101,8 +153,10 @@ def _enter() -> None:
     global _users
     with _lock:
         if _users == 0:
-            for entry in _table:
-                entry.put_in()
+            for module in _modules.values():
+                module.put_in()
+            if not _types_replaced:
+                _replace_types()
         _users += 1
 
 
@@ -111,5 +165,23 @@ def _leave() -> None:
     with _lock:
         _users -= 1
         if _users == 0:
-            for entry in _table:
-                entry.take_out()
+            for module in _modules.values():
+                module.take_out()
+
+
+def _replace_types() -> None:
+    global _types_replaced
+    for entry in _on_types:
+        entry.refresh(getattr(entry.owner, entry.name))
+        setattr(entry.owner, entry.name, entry.stand_in)
+    _types_replaced = True
+
+
+def _restore_types() -> None:
+    global _types_replaced
+    with _lock:
+        if _users == 0 and _types_replaced:
+            _types_replaced = False
+            for entry in _on_types:
+                if getattr(entry.owner, entry.name) is entry.stand_in:
+                    setattr(entry.owner, entry.name, entry.original)

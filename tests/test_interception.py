@@ -1,0 +1,126 @@
+"""Interception is in place while a transform runs, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import threading
+
+import mlx.core as mx
+import pytest
+
+from mlxshim import grad, vmap
+from mlxshim.core import interception, levels
+
+TYPES = [(e.owner, e.name) for e in interception._on_types]
+MODULES = [
+    (e.owner, e.name) for e in interception._table.values() if e not in interception._on_types
+]
+
+
+def settle():
+    """The first call of a replaced method outside of a transform puts all of them back."""
+    mx.ones(2).sum()
+    mx.ones(2)[0]
+
+
+def test_all_of_mlx_is_put_back():
+    settle()
+    before = [getattr(o, n) for o, n in MODULES + TYPES]
+    seen = []
+
+    def f(x):
+        seen.append([getattr(o, n) for o, n in MODULES + TYPES])
+        return x * 2
+
+    vmap(f)(mx.ones((2, 3)))
+    assert all(a is not b for a, b in zip(before, seen[0]))
+    assert [getattr(o, n) for o, n in MODULES] == before[: len(MODULES)]
+    settle()
+    assert [getattr(o, n) for o, n in MODULES + TYPES] == before
+
+    def broken(x):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError):
+        grad(vmap(broken))(mx.ones((2, 3)))
+    assert [getattr(o, n) for o, n in MODULES] == before[: len(MODULES)]
+    settle()
+    assert [getattr(o, n) for o, n in MODULES + TYPES] == before
+
+
+@pytest.mark.parametrize("owner", [mx, mx.array], ids=["module", "type"])
+def test_what_somebody_else_puts_over_ours_stays_and_works(owner):
+    settle()
+    raw, calls = owner.sum, []
+
+    def patch(inner):
+        def patched(x, *args, **kwargs):
+            calls.append(x.shape)
+            return inner(x, *args, **kwargs)
+
+        return patched
+
+    def f(x):
+        owner.sum = patch(owner.sum)  # over our stand-in
+        return owner.sum(x, (0, 1))
+
+    x = mx.random.normal((4, 2, 3))
+    try:
+        assert mx.allclose(vmap(f)(x), raw(x, (1, 2)))
+        patched = owner.sum
+        assert len(calls) == 1
+        # It lies over ours, which is over MLX's: neither goes round in circles, nor is ours used.
+        for _ in range(2):
+            assert mx.allclose(owner.sum(x, (1, 2)), raw(x, (1, 2)))
+            assert mx.allclose(vmap(lambda x: owner.sum(x, (0, 1)))(x), raw(x, (1, 2)))
+        owner.sum(x)  # a method comes back at its first call
+        assert owner.sum is patched
+    finally:
+        owner.sum = raw
+    assert mx.allclose(vmap(lambda x: owner.sum(x, (0, 1)))(x), raw(x, (1, 2)))
+
+
+def test_other_threads_never_see_a_handler(monkeypatch):
+    """While one thread traces, another calls what is intercepted: it gets MLX's own."""
+    tracing, done, active = threading.Event(), threading.Event(), []
+
+    def other():
+        tracing.wait(10)
+        active.append(levels.active() == [] and interception.in_place())
+        active.append(mx.array_equal(mx.ones((2, 3)).sum((0, 1)), mx.array(6.0)).item())
+        done.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+
+    def f(x):
+        tracing.set()
+        assert done.wait(10)
+        return x.sum((0, 1))
+
+    assert mx.array_equal(vmap(f)(mx.ones((2, 2, 3))), mx.full((2,), 6.0))
+    thread.join()
+    assert active == [True, True]
+
+
+def test_many_threads_at_once():
+    x = mx.random.normal((4, 2, 3))
+    mx.eval(x)
+    want = [float(v) for v in x.sum((1, 2)).tolist()]
+    wrong = []
+
+    def work():
+        for _ in range(50):
+            with mx.stream(mx.cpu):
+                got = vmap(lambda x: x.sum((0, 1)))(x)
+            levels.active() == [] or wrong.append("level")
+            if got.shape != (4,):
+                wrong.append(got.shape)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert wrong == []
+    assert not interception.in_place()
+    assert want == pytest.approx([float(v) for v in vmap(lambda x: x.sum((0, 1)))(x).tolist()])
