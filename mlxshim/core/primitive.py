@@ -30,9 +30,10 @@ class Primitive:
     * `lowering(*arrays, **static)` -> a list of arrays: the call to make outside every trace;
     * `batch(size, arrays, axes, **static)` -> (arrays, axes): `axes[i]` is the mapped axis of
       `arrays[i]`, None where it is unmapped, and `size` the length of the mapped axis;
-    * `vjp(primals, cotangents, outputs, **static)` -> one cotangent for each primal.
+    * `vjp(primals, cotangents, outputs, **static)` -> one cotangent for each primal;
+    * `jvp(primals, tangents, **static)` -> one tangent for each output; a tangent of None is zero.
 
-    The forward derivative is that of the decomposition. Without a vjp rule, so is the reverse one.
+    Without a vjp or jvp rule the derivative is that of the decomposition.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class Primitive:
         lowering: Callable[..., list[mx.array]],
         batch: Callable[..., tuple[list[mx.array], list[int]]],
         vjp: Callable[..., list[mx.array]] | None = None,
+        jvp: Callable[..., list[mx.array]] | None = None,
     ) -> None:
         self.name = name
         self.decomposition = decomposition
         self.lowering = lowering
         self.batch = batch
         self.vjp = vjp or self._vjp_of_decomposition
+        self.jvp = jvp or self._jvp_of_decomposition
         # Building a custom_function costs more than calling it; its closures depend on nothing
         # but the static arguments.
         self._node = functools.lru_cache(maxsize=512)(self._build_node)
@@ -70,9 +73,7 @@ class Primitive:
             return self.vjp(_tuple(primals), _tuple(cotangents), _tuple(outputs), **static)
 
         def jvp(primals: Arrays, tangents: Sequence[mx.array | None]) -> list[mx.array]:
-            primals, tangents = _tuple(primals), _tuple(tangents)
-            full = [mx.zeros_like(p) if t is None else t for p, t in zip(primals, tangents)]
-            return mx.jvp(lambda *xs: self.decomposition(*xs, **static), list(primals), full)[1]
+            return self.jvp(_tuple(primals), _tuple(tangents), **static)
 
         def vmap(arrays: Arrays, axes: Axes) -> tuple[list[mx.array], list[int]]:
             arrays, axes = _tuple(arrays), _tuple(axes)
@@ -92,6 +93,12 @@ class Primitive:
             return self.decomposition(*xs, **static)
 
         return mx.vjp(fun, list(primals), list(cotangents))[1]
+
+    def _jvp_of_decomposition(
+        self, primals: Arrays, tangents: Sequence[mx.array | None], **static: Any
+    ) -> list[mx.array]:
+        full = [mx.zeros_like(p) if t is None else t for p, t in zip(primals, tangents)]
+        return mx.jvp(lambda *xs: self.decomposition(*xs, **static), list(primals), full)[1]
 
 
 def _tuple(arrays: Any) -> tuple[Any, ...]:
