@@ -1,0 +1,49 @@
+"""Whether an array is part of a trace.
+
+A call on arrays that are in no trace cannot be mapped: MLX's own function serves it, fused, and no
+decomposition of it is ever evaluated. Python has no view of `array::is_tracer`, but what
+`mx.compile` makes of a function asks it: it calls the function itself for a tracer, and replays
+its cache for anything else (mlx/compile.cpp).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+
+import mlx.core as mx
+
+
+class _Probe(threading.local):
+    def __init__(self) -> None:
+        self.calls = 0
+        #: The (number of dimensions, dtype) that the cache has: MLX keeps one for each thread.
+        self.cached: set[tuple[int, mx.Dtype]] = set()
+
+
+_probe = _Probe()
+
+
+@functools.partial(mx.compile, shapeless=True)
+def _count(x: mx.array) -> mx.array:
+    _probe.calls += 1
+    return x
+
+
+def is_tracer(x: mx.array) -> bool:
+    """False only if no transform can be tracing `x`; nothing is evaluated."""
+    probe, key = _probe, (x.ndim, x.dtype)
+    before = probe.calls
+    _count(x)
+    if probe.calls == before:
+        probe.cached.add(key)
+        return False
+    if key in probe.cached:
+        return True
+    # That call may have been the one that fills the cache: the second tells.
+    before = probe.calls
+    _count(x)
+    if probe.calls == before:
+        probe.cached.add(key)
+        return False
+    return True
