@@ -97,8 +97,15 @@ class Primitive:
     def _jvp_of_decomposition(
         self, primals: Arrays, tangents: Sequence[mx.array | None], **static: Any
     ) -> list[mx.array]:
-        full = [mx.zeros_like(p) if t is None else t for p, t in zip(primals, tangents)]
-        return mx.jvp(lambda *xs: self.decomposition(*xs, **static), list(primals), full)[1]
+        active = [i for i, t in enumerate(tangents) if t is not None]
+
+        def fun(*xs: mx.array) -> list[mx.array]:
+            full = list(primals)
+            for i, x in zip(active, xs):
+                full[i] = x
+            return self.decomposition(*full, **static)
+
+        return mx.jvp(fun, [primals[i] for i in active], [tangents[i] for i in active])[1]  # pyright: ignore
 
 
 def _tuple(arrays: Any) -> tuple[Any, ...]:
