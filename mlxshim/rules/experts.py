@@ -42,6 +42,7 @@ from ._mlx_0_31 import matmul
 from ._tracers import is_tracer
 from .quantized import (
     affine_gradients,
+    broadcast_shape,
     dequantized,
     front,
     loop_batch,
@@ -282,18 +283,12 @@ def _full_indices(o: _Operands) -> tuple[mx.array, mx.array]:
     """Both indices, written out and of the shape of the result's batch."""
     lhs = _counting(o.x) if o.lhs is None else o.lhs
     rhs = _counting(o.weight[0]) if o.rhs is None else o.rhs
-    shape = _broadcast(lhs.shape, rhs.shape)
+    shape = broadcast_shape(lhs.shape, rhs.shape)
     return mx.broadcast_to(lhs, shape), mx.broadcast_to(rhs, shape)
 
 
 def _counting(x: mx.array) -> mx.array:
     return mx.reshape(mx.arange(_count(x), dtype=mx.uint32), x.shape[:-2])
-
-
-def _broadcast(*shapes: tuple[int, ...]) -> tuple[int, ...]:
-    ndim = max(len(s) for s in shapes)
-    padded = [(1,) * (ndim - len(s)) + tuple(s) for s in shapes]
-    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*padded))
 
 
 # The batching rule -----------------------------------------------------------------------------

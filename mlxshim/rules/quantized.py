@@ -86,6 +86,13 @@ def sum_to(x: mx.array, shape: Sequence[int]) -> mx.array:
     return mx.reshape(mx.sum(x, axis=axes), shape) if axes else x
 
 
+def broadcast_shape(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """What shapes that fit each other broadcast to."""
+    ndim = max(len(s) for s in shapes)
+    padded = [(1,) * (ndim - len(s)) + tuple(s) for s in shapes]
+    return tuple(next((n for n in sizes if n != 1), 1) for sizes in zip(*padded))
+
+
 def sample_ndim(x: mx.array, axis: int | None) -> int:
     return x.ndim - (axis is not None)
 
@@ -177,9 +184,7 @@ def _qmm_batch(
     x = front(x, x_axis, size)
     ndim = max(x.ndim, weight[0].ndim)
     x, *weight = (pad_dims(p, ndim) for p in (x, *weight))
-    batch = tuple(max(m, n) if 0 not in (m, n) else 0 for m, n in zip(x.shape, weight[0].shape))[
-        :-2
-    ]
+    batch = broadcast_shape(x.shape[:-2], weight[0].shape[:-2])
     x = mx.broadcast_to(x, (*batch, *x.shape[-2:]))
     weight = [mx.contiguous(mx.broadcast_to(p, (*batch, *p.shape[-2:]))) for p in weight]
     return bind(x, *weight), [0]
