@@ -5,5 +5,7 @@ from . import axes as axes
 from . import elementwise as elementwise
 from . import experts as experts
 from . import matmul as matmul
+from . import norms as norms
+from . import positions as positions
 from . import quantized as quantized
 from . import spectral as spectral

@@ -1,0 +1,159 @@
+"""Normalisation over the last axis: `mx.fast.rms_norm`, `mx.fast.layer_norm`.
+
+    y = n(x) * weight + bias            x: (..., D)    weight, bias: (D,), each may be missing
+    n(x) = x / sqrt(mean(x^2) + eps)                        rms_norm, which has no bias
+    n(x) = (x - mean(x)) / sqrt(var(x) + eps)               layer_norm
+
+Every row stands for itself, so samples are further rows wherever the mapped axis lies, unless it is
+the last. A mapped weight or bias is one operation after the fused one without it. Backward, with
+n' the derivative of n and a cotangent c of y, for each sample
+
+    dx = n'(x)^T (c * weight)    dweight = sum over rows of c * n(x)    dbias = sum over rows of c
+
+where MLX's fused backward gives dx, and weight and bias gradients summed over all rows it is given:
+right for one sample, so those of each sample are written out.
+
+MLX's own transforms of both are right, but decomposed. On the CPU there is nothing else to reach.
+
+Source: mlx/fast.cpp, mlx/backend/cuda/rms_norm.cu, mlx/backend/cuda/layer_norm.cu,
+mlx/backend/metal/normalization.cpp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from ..core import levels
+from ..core.interception import intercept, original
+from ..core.primitive import Arrays, Axes, Primitive
+from . import _devices
+
+# The calls -------------------------------------------------------------------------------------
+
+
+@intercept(mx.fast, "rms_norm")
+def rms_norm(x: mx.array, weight: mx.array | None, eps: float, *, stream: Any = None) -> mx.array:
+    if "vmap" not in levels.active() or not _devices.gpu():
+        return original(mx.fast, "rms_norm")(x, weight, eps, stream=stream)
+    return _bind("rms_norm", x, weight, None, eps, stream)
+
+
+@intercept(mx.fast, "layer_norm")
+def layer_norm(
+    x: mx.array,
+    weight: mx.array | None,
+    bias: mx.array | None,
+    eps: float,
+    *,
+    stream: Any = None,
+) -> mx.array:
+    if "vmap" not in levels.active() or not _devices.gpu():
+        return original(mx.fast, "layer_norm")(x, weight, bias, eps, stream=stream)
+    return _bind("layer_norm", x, weight, bias, eps, stream)
+
+
+def _bind(
+    name: str, x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float, stream: Any
+) -> mx.array:
+    if stream is not None:
+        with mx.stream(stream):
+            return _bind(name, x, weight, bias, eps, None)
+    arrays = [a for a in (x, weight, bias) if a is not None]
+    form = {"name": name, "weighted": weight is not None, "eps": eps}
+    if any(a.dtype != x.dtype for a in arrays):
+        # MLX casts to what it will return, before anything else.
+        dtype = _fused(*arrays, **form)[0].dtype
+        arrays = [a.astype(dtype) for a in arrays]
+    return norm(*arrays, **form)[0]
+
+
+def _fused(x: mx.array, *affine: mx.array, name: str, weighted: bool, eps: float) -> list[mx.array]:
+    weight = affine[0] if weighted else None
+    if name == "rms_norm":
+        return [original(mx.fast, name)(x, weight, eps)]
+    bias = affine[-1] if len(affine) > weighted else None
+    return [original(mx.fast, name)(x, weight, bias, eps)]
+
+
+def _fused_vjp(*arrays: mx.array, **form: Any) -> list[mx.array]:
+    *primals, cotangent = arrays
+    return mx.vjp(lambda *xs: _fused(*xs, **form), primals, [cotangent])[1]
+
+
+# The rules -------------------------------------------------------------------------------------
+
+
+def _batch(
+    size: int, arrays: Arrays, axes: Axes, *, weighted: bool, **form: Any
+) -> tuple[list[mx.array], list[int]]:
+    x, *affine = arrays
+    axis, *affine_axes = axes
+    if not any(a is not None for a in affine_axes):
+        if axis == x.ndim - 1:
+            x, axis = mx.moveaxis(x, axis, 0), 0
+        return norm(x, *affine, weighted=weighted, **form), [axis or 0]
+
+    rows = x.ndim - (axis is not None)
+    x = x if axis is None else mx.moveaxis(x, axis, 0)
+    fused = weighted and affine_axes[0] is None  # then only the bias is mapped
+    y = norm(x, *affine[:fused], weighted=fused, **form)[0]
+    for i in range(fused, len(affine)):
+        term = _beside(affine[i], affine_axes[i], rows)
+        y = y * term if i < weighted else y + term
+    return [y], [0]
+
+
+def _batch_vjp(
+    size: int, arrays: Arrays, axes: Axes, *, weighted: bool, **form: Any
+) -> tuple[list[mx.array], list[int]]:
+    x, *weight, cotangent = arrays
+    rows = x.ndim - (axes[0] is not None)
+    xs, cotangents = _front(x, axes[0], size), _front(cotangent, axes[-1], size)
+    if not weighted:
+        return norm_vjp(xs, cotangents, weighted=False, **form), [0]
+    if axes[1] is None:
+        dx = norm_vjp(xs, *weight, cotangents, weighted=True, **form)[0]
+    else:
+        weighed = cotangents * _beside(weight[0], axes[1], rows)
+        dx = norm_vjp(xs, weighed, weighted=False, **form)[0]
+    normalised = norm(x if axes[0] is None else xs, weighted=False, **form)[0]
+    return [dx, _sum_of_rows(cotangents * normalised, 1)], [0, 0]
+
+
+def _vjp(
+    primals: Arrays, cotangents: Arrays, outputs: Arrays, *, weighted: bool, **form: Any
+) -> list[mx.array]:
+    x, *affine = primals
+    grads = norm_vjp(x, *affine[:weighted], cotangents[0], weighted=weighted, **form)
+    if len(affine) > weighted:
+        grads.append(_sum_of_rows(cotangents[0], 0))
+    return grads
+
+
+def _beside(x: mx.array, axis: int | None, ndim: int) -> mx.array:
+    """A weight or bias in the shape to meet (N, *rows, D), `ndim` dimensions beside the N."""
+    if axis is None:
+        return x
+    x = mx.moveaxis(x, axis, 0)
+    return mx.expand_dims(x, tuple(range(1, ndim))) if ndim > 1 else x
+
+
+def _front(x: mx.array, axis: int | None, size: int) -> mx.array:
+    if axis is None:
+        return mx.broadcast_to(x, (size, *x.shape))
+    return mx.moveaxis(x, axis, 0) if axis else x
+
+
+def _sum_of_rows(x: mx.array, first: int) -> mx.array:
+    axes = tuple(range(first, x.ndim - 1))
+    return mx.sum(x, axis=axes) if axes else x
+
+
+# The value in a trace is MLX's own node: its transforms are right, if slow, and in a trace it is
+# transformed and thrown away. One call builds it, where plain operations would be eight.
+norm = Primitive("norm", decomposition=_fused, lowering=_fused, batch=_batch, vjp=_vjp)
+norm_vjp = Primitive(
+    "norm_vjp", decomposition=_fused_vjp, lowering=_fused_vjp, batch=_batch_vjp
+)
