@@ -91,9 +91,10 @@ def _batch(
     x, *affine = arrays
     axis, *affine_axes = axes
     if not any(a is not None for a in affine_axes):
+        assert axis is not None  # something is mapped
         if axis == x.ndim - 1:
             x, axis = mx.moveaxis(x, axis, 0), 0
-        return norm(x, *affine, weighted=weighted, **form), [axis or 0]
+        return norm(x, *affine, weighted=weighted, **form), [axis]
 
     rows = x.ndim - (axis is not None)
     x = x if axis is None else mx.moveaxis(x, axis, 0)
@@ -154,6 +155,4 @@ def _sum_of_rows(x: mx.array, first: int) -> mx.array:
 # The value in a trace is MLX's own node: its transforms are right, if slow, and in a trace it is
 # transformed and thrown away. One call builds it, where plain operations would be eight.
 norm = Primitive("norm", decomposition=_fused, lowering=_fused, batch=_batch, vjp=_vjp)
-norm_vjp = Primitive(
-    "norm_vjp", decomposition=_fused_vjp, lowering=_fused_vjp, batch=_batch_vjp
-)
+norm_vjp = Primitive("norm_vjp", decomposition=_fused_vjp, lowering=_fused_vjp, batch=_batch_vjp)

@@ -18,6 +18,7 @@ Source: mlx/fast.cpp, mlx/backend/cuda/rope.cu, mlx/backend/metal/rope.cpp; Su e
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import mlx.core as mx
@@ -43,11 +44,11 @@ def rope(
     freqs: mx.array | None = None,
     stream: Any = None,
 ) -> mx.array:
-    known = isinstance(offset, (int, mx.array))
     form = {"dims": dims, "traditional": traditional, "base": base, "scale": scale}
-    if not (known and ("vmap" in levels.active() and _devices.gpu() or _turns_itself())):
+    mapped = "vmap" in levels.active() and _devices.gpu()
+    if not (mapped or _turns_itself()) or not isinstance(offset, (int, mx.array)):
         return _raw(a, **form, offset=offset, freqs=freqs, stream=stream)
-    if not isinstance(offset, mx.array):
+    if isinstance(offset, int):
         offset = constant(offset, mx.int32)
     arrays = [a, offset] if freqs is None else [a, offset, freqs]
     if stream is None:
@@ -78,12 +79,10 @@ def _fused(x: mx.array, offset: mx.array, *freqs: mx.array, **form: Any) -> list
 # The rules -------------------------------------------------------------------------------------
 
 
-def _batch(
-    size: int, arrays: Arrays, axes: Axes, **form: Any
-) -> tuple[list[mx.array], list[int]]:
+def _batch(size: int, arrays: Arrays, axes: Axes, **form: Any) -> tuple[list[mx.array], list[int]]:
     if len(arrays) > 2 and axes[2] is not None:
         # The kernels have one set of frequencies: MLX's own operations instead.
-        each = mx.vmap(lambda *xs: _fused(*xs, **form), in_axes=tuple(axes))
+        each = mx.vmap(functools.partial(_fused, **form), in_axes=tuple(axes))
         return each(*arrays), [0]
     x, offset, *freqs = arrays
     if axes[0] is None:  # a kernel that writes through its input's strides wants them its own
