@@ -9,4 +9,5 @@ from . import matmul as matmul
 from . import norms as norms
 from . import positions as positions
 from . import quantized as quantized
+from . import random as random
 from . import spectral as spectral

@@ -1,0 +1,105 @@
+"""Random numbers: every sample of a vmap draws its own, as a loop over the samples would.
+
+    key   = the key that MLX's global state gives to this call
+    key_i = split(key, N)[i]                 for sample i of a vmap over N samples
+    draw_i = mx.random.<name>(..., key=key_i)
+
+once more for every vmap around that one, outermost first: N * M draws in a vmap of a vmap. The
+draw itself is MLX's own, whose batching rule takes a key for each sample. A call that brings its
+own key is left alone: it means what it means in a loop.
+
+Source: python/src/random.cpp (how the state moves on), mlx/primitives.cpp (`RandomBits::vmap`);
+the modes of randomness are those of torch.func.vmap.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from ..core import levels
+from ..core.interception import intercept, original
+
+
+def _key_position(name: str) -> int | None:
+    """Where `mx.random.<name>` takes its optional key; None for whatever does not draw."""
+    signature = getattr(getattr(mx.random, name), "__nb_signature__", None)
+    if not signature:
+        return None
+    arguments = ast.parse(signature[0][0] + ": ...").body[0].args  # pyright: ignore
+    names = [argument.arg for argument in arguments.args]
+    optional = names[len(names) - len(arguments.defaults) :]
+    return names.index("key") if "key" in optional else None
+
+
+#: Every function of MLX that draws, new ones included.
+DRAWS = {
+    name: position for name in dir(mx.random) if (position := _key_position(name)) is not None
+}
+
+
+def _own_draws(name: str, position: int) -> Callable[..., Any]:
+    def draw(*args: Any, **kwargs: Any) -> Any:
+        raw = original(mx.random, name)
+        vmaps = levels.vmaps()
+        if not vmaps or kwargs.get("key") is not None:
+            return raw(*args, **kwargs)
+        if len(args) > position:
+            if args[position] is not None:
+                return raw(*args, **kwargs)
+            key = _key_for_each(name, vmaps)
+            return raw(*args[:position], key, *args[position + 1 :], **kwargs)
+        kwargs["key"] = _key_for_each(name, vmaps)
+        return raw(*args, **kwargs)
+
+    return draw
+
+
+for _name, _position in DRAWS.items():
+    intercept(mx.random, _name)(_own_draws(_name, _position))
+
+
+@intercept(mx.random, "seed")
+def seed(*args: Any, **kwargs: Any) -> None:
+    # A loop would seed before every sample: from here on they all draw the same.
+    for level in levels.vmaps():
+        if level.randomness == "different":
+            level.randomness = "same"
+    original(mx.random, "seed")(*args, **kwargs)
+
+
+def _key_for_each(name: str, vmaps: list[levels.VmapLevel]) -> mx.array:
+    """One key from the global state, split at each level where the samples are to differ."""
+    if any(level.randomness == "error" for level in vmaps):
+        raise ValueError(
+            f"[vmap] mx.random.{name} draws a random number in a vmap with randomness='error': "
+            "pass it a key, or choose randomness='different' or 'same'."
+        )
+    key = _next_key()
+    for level in vmaps:
+        if level.randomness == "different" and level.mapped is not None:
+            key = _split_over(level.size)(key, level.mapped)
+    return key
+
+
+def _next_key() -> mx.array:
+    """The key that the next draw of MLX's would use, and the global state moved on past it."""
+    state = mx.random.state[0]  # pyright: ignore[reportAttributeAccessIssue]
+    original(mx.random, "permutation")(1)  # the cheapest draw: only a draw moves the state
+    return mx.random.split(state)[1]
+
+
+@functools.lru_cache(maxsize=64)
+def _split_over(size: int) -> Callable[[mx.array, mx.array], mx.array]:
+    """A key that is mapped because a tracer of the level is; the tracer's value plays no part."""
+
+    def batch(arrays: tuple[mx.array, mx.array], axes: Any) -> tuple[mx.array, int]:
+        return mx.random.split(arrays[0], size), 0
+
+    node = mx.custom_function(lambda key, mapped: key)
+    node.vmap(batch)
+    return node
