@@ -37,26 +37,64 @@ def _key_position(name: str) -> int | None:
 
 
 #: Every function of MLX that draws, new ones included.
-DRAWS = {
-    name: position for name in dir(mx.random) if (position := _key_position(name)) is not None
-}
+DRAWS = {name: position for name in dir(mx.random) if (position := _key_position(name)) is not None}
 
 
 def _own_draws(name: str, position: int) -> Callable[..., Any]:
+    special = _categorical if name == "categorical" and hasattr(mx, "searchsorted") else None
+
     def draw(*args: Any, **kwargs: Any) -> Any:
         raw = original(mx.random, name)
         vmaps = levels.vmaps()
-        if not vmaps or kwargs.get("key") is not None:
+        if not vmaps:
             return raw(*args, **kwargs)
         if len(args) > position:
-            if args[position] is not None:
-                return raw(*args, **kwargs)
-            key = _key_for_each(name, vmaps)
-            return raw(*args[:position], key, *args[position + 1 :], **kwargs)
-        kwargs["key"] = _key_for_each(name, vmaps)
-        return raw(*args, **kwargs)
+            if args[position] is None:
+                key = _key_for_each(name, vmaps)
+                args = (*args[:position], key, *args[position + 1 :])
+        elif kwargs.get("key") is None:
+            kwargs["key"] = _key_for_each(name, vmaps)
+        return (special or raw)(*args, **kwargs)
 
     return draw
+
+
+def _categorical(
+    logits: mx.array,
+    axis: int = -1,
+    shape: Any = None,
+    num_samples: int | None = None,
+    key: mx.array | None = None,
+    stream: Any = None,
+) -> mx.array:
+    """MLX's, but for one distribution, whose cumulative weights it cannot search if mapped.
+
+    Source: mlx/random.cpp, `categorical_inverse_cdf` (as old as `mx.searchsorted`).
+    """
+    wanted = _shape_of_one(logits, axis, shape, num_samples)
+    if not wanted:
+        return original(mx.random, "categorical")(logits, axis, shape, num_samples, key, stream)
+    with mx.stream(stream or mx.default_device()):
+        x = mx.stop_gradient(mx.reshape(logits, (-1,)))
+        x = x if x.dtype == mx.float64 else x.astype(mx.float32)
+        top = mx.max(x)
+        # exp(x - top) is NaN where top is infinite: any of the largest is as likely then.
+        weights = mx.where(mx.isinf(top), (x == top).astype(x.dtype), mx.exp(x - top))
+        u = mx.random.uniform(shape=wanted, key=key) * mx.sum(weights)
+        starts = mx.cumsum(weights, inclusive=False)
+        return mx.searchsorted(starts, u, side="right") - mx.array(1, mx.uint32)
+
+
+def _shape_of_one(logits: Any, axis: int, shape: Any, num_samples: int | None) -> tuple[int, ...]:
+    """The shape of the draws if `logits` holds one distribution, which MLX then searches."""
+    if not isinstance(logits, mx.array) or not -logits.ndim <= axis < logits.ndim:
+        return ()
+    ones = (1,) * (logits.ndim - 1)
+    if logits.size != logits.shape[axis] or logits.size == 0:
+        return ()
+    if shape is not None:
+        return () if num_samples is not None or len(shape) < len(ones) else tuple(shape)
+    return ones if num_samples is None else (*ones, num_samples)
 
 
 for _name, _position in DRAWS.items():
