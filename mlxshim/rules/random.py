@@ -126,13 +126,13 @@ def _key_for_each(name: str, vmaps: list[levels.VmapLevel]) -> mx.array:
 
 def _next_key() -> mx.array:
     """The key that the next draw of MLX's would use, and the global state moved on past it."""
-    state = mx.random.state[0]  # pyright: ignore[reportAttributeAccessIssue]
+    state: mx.array = mx.random.state[0]  # pyright: ignore
     original(mx.random, "permutation")(1)  # the cheapest draw: only a draw moves the state
     return mx.random.split(state)[1]
 
 
 @functools.lru_cache(maxsize=64)
-def _split_over(size: int) -> Callable[[mx.array, mx.array], mx.array]:
+def _split_over(size: int) -> Callable[..., Any]:
     """A key that is mapped because a tracer of the level is; the tracer's value plays no part."""
 
     def batch(arrays: tuple[mx.array, mx.array], axes: Any) -> tuple[mx.array, int]:
