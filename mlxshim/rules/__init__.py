@@ -4,6 +4,7 @@ from . import attention as attention
 from . import axes as axes
 from . import elementwise as elementwise
 from . import experts as experts
+from . import linalg as linalg
 from . import losses as losses
 from . import matmul as matmul
 from . import norms as norms

@@ -1,0 +1,84 @@
+"""Operations that nothing stands in for: a node that is mapped for certain, so its rule runs.
+
+A node's value lies on the tape and is transformed too, and a factorisation has no decomposition
+that MLX could transform. The value is therefore a placeholder of the right shape, and an input of
+the vmap around is one more argument of the node: MLX cannot but call the batching rule, which
+hears of the other arguments what is mapped, and calls the operation itself.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from ..core import levels
+from ..core.primitive import Arrays, Axes
+
+
+class Opaque:
+    """An operation on arrays with static (hashable, keyword) arguments.
+
+    * `lowering(*arrays, **static)` -> a list of arrays: MLX's own call;
+    * `batch(size, arrays, axes, **static)` -> a list of arrays, mapped over axis 0: called where at
+      least one of the arrays is mapped;
+    * `vjp(primals, cotangents, outputs, **static)` -> one cotangent for each primal;
+    * `jvp(primals, tangents, outputs, **static)` -> one tangent for each output.
+
+    Without a vjp or jvp there is none: an error, as outside.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        lowering: Callable[..., list[mx.array]],
+        batch: Callable[..., list[mx.array]],
+        vjp: Callable[..., list[mx.array]] | None = None,
+        jvp: Callable[..., list[mx.array]] | None = None,
+    ) -> None:
+        self.name, self.lowering, self.batch = name, lowering, batch
+        self.vjp, self.jvp = vjp or self._no_derivative, jvp or self._no_derivative
+        self._node = functools.lru_cache(maxsize=512)(self._build_node)
+
+    def __call__(self, *arrays: mx.array, **static: Any) -> list[mx.array]:
+        vmaps = levels.vmaps()
+        if not vmaps or vmaps[-1].mapped is None:
+            return self.lowering(*arrays, **static)
+        return self._node(**static)(vmaps[-1].mapped, *arrays)
+
+    def _build_node(self, **static: Any) -> Callable[..., Any]:
+        def placeholder(mapped: mx.array, *arrays: mx.array) -> list[mx.array]:
+            return [mx.zeros(x.shape, x.dtype) for x in self.lowering(*arrays, **static)]
+
+        def vmap(arrays: Arrays, axes: Axes) -> tuple[list[mx.array], list[int]]:
+            size = next(x.shape[a] for x, a in zip(arrays, axes) if a is not None)
+            arrays, axes = arrays[1:], axes[1:]
+            if any(a is not None for a in axes):
+                outputs = self.batch(size, arrays, axes, **static)
+            else:
+                outputs = [
+                    mx.broadcast_to(mx.expand_dims(x, 0), (size, *x.shape))
+                    for x in self(*arrays, **static)
+                ]
+            return outputs, [0] * len(outputs)
+
+        def vjp(primals: Arrays, cotangents: Any, outputs: Any) -> list[mx.array]:
+            mapped, *arrays = primals
+            return [mx.zeros_like(mapped), *self.vjp(arrays, cotangents, outputs, **static)]
+
+        def jvp(primals: Arrays, tangents: Any) -> list[mx.array]:
+            arrays, tangents = primals[1:], tangents[1:]
+            full = [mx.zeros_like(x) if t is None else t for x, t in zip(arrays, tangents)]
+            return self.jvp(arrays, full, self(*arrays, **static), **static)
+
+        node = mx.custom_function(placeholder)
+        node.vmap(vmap)
+        node.vjp(vjp)
+        node.jvp(jvp)
+        return node
+
+    def _no_derivative(self, *_: Any, **__: Any) -> list[mx.array]:
+        raise ValueError(f"[{self.name}] MLX has no derivative of it.")
