@@ -22,7 +22,7 @@ Axes = Sequence["int | None"]
 
 
 class Node(mx.custom_function):
-    """MLX's, told apart from those that users make: interception of a call of theirs is not ours."""
+    """MLX's, told apart from those that users make: a call of this one is not intercepted."""
 
     __call__ = mx.custom_function.__call__
 

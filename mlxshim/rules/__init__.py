@@ -2,6 +2,7 @@
 
 from . import attention as attention
 from . import axes as axes
+from . import control as control
 from . import elementwise as elementwise
 from . import experts as experts
 from . import linalg as linalg

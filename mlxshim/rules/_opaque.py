@@ -9,13 +9,13 @@ hears of the other arguments what is mapped, and calls the operation itself.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from ..core import levels
-from ..core.primitive import Arrays, Axes
+from ..core.primitive import Arrays, Axes, Node
 
 
 class Opaque:
@@ -50,35 +50,58 @@ class Opaque:
         return self._node(**static)(vmaps[-1].mapped, *arrays)
 
     def _build_node(self, **static: Any) -> Callable[..., Any]:
-        def placeholder(mapped: mx.array, *arrays: mx.array) -> list[mx.array]:
-            return [mx.zeros(x.shape, x.dtype) for x in self.lowering(*arrays, **static)]
-
-        def vmap(arrays: Arrays, axes: Axes) -> tuple[list[mx.array], list[int]]:
-            size = next(x.shape[a] for x, a in zip(arrays, axes) if a is not None)
-            arrays, axes = arrays[1:], axes[1:]
+        def batch(size: int, arrays: Arrays, axes: Axes) -> list[mx.array]:
             if any(a is not None for a in axes):
-                outputs = self.batch(size, arrays, axes, **static)
-            else:
-                outputs = [
-                    mx.broadcast_to(mx.expand_dims(x, 0), (size, *x.shape))
-                    for x in self(*arrays, **static)
-                ]
-            return outputs, [0] * len(outputs)
+                return self.batch(size, arrays, axes, **static)
+            return [copies(x, size) for x in self(*arrays, **static)]
 
-        def vjp(primals: Arrays, cotangents: Any, outputs: Any) -> list[mx.array]:
-            mapped, *arrays = primals
-            return [mx.zeros_like(mapped), *self.vjp(arrays, cotangents, outputs, **static)]
+        def jvp(primals: Arrays, tangents: Arrays) -> list[mx.array]:
+            return self.jvp(primals, tangents, self(*primals, **static), **static)
 
-        def jvp(primals: Arrays, tangents: Any) -> list[mx.array]:
-            arrays, tangents = primals[1:], tangents[1:]
-            full = [mx.zeros_like(x) if t is None else t for x, t in zip(arrays, tangents)]
-            return self.jvp(arrays, full, self(*arrays, **static), **static)
-
-        node = mx.custom_function(placeholder)
-        node.vmap(vmap)
-        node.vjp(vjp)
-        node.jvp(jvp)
-        return node
+        return opaque_node(
+            lambda *arrays: self.lowering(*arrays, **static),
+            batch,
+            functools.partial(self.vjp, **static),
+            jvp,
+        )
 
     def _no_derivative(self, *_: Any, **__: Any) -> list[mx.array]:
         raise ValueError(f"[{self.name}] MLX has no derivative of it.")
+
+
+def opaque_node(
+    shaped: Callable[..., Sequence[mx.array]],
+    batch: Callable[[int, Arrays, Axes], list[mx.array]],
+    vjp: Callable[[Arrays, Arrays, Arrays], list[mx.array]],
+    jvp: Callable[[Arrays, Arrays], list[mx.array]],
+) -> Callable[..., Any]:
+    """A node of (a mapped tracer, *arrays); `shaped(*arrays)` has the outputs' shapes and dtypes.
+
+    The rules see the arrays alone; `batch` gets axes that may all be None, and maps over axis 0.
+    """
+
+    def placeholder(mapped: mx.array, *arrays: mx.array) -> list[mx.array]:
+        return [mx.zeros(x.shape, x.dtype) for x in shaped(*arrays)]
+
+    def node_vmap(arrays: Arrays, axes: Axes) -> tuple[list[mx.array], list[int]]:
+        size = next(x.shape[a] for x, a in zip(arrays, axes) if a is not None)
+        outputs = batch(size, arrays[1:], axes[1:])
+        return outputs, [0] * len(outputs)
+
+    def node_vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> list[mx.array]:
+        return [mx.zeros_like(primals[0]), *vjp(primals[1:], cotangents, outputs)]
+
+    def node_jvp(primals: Arrays, tangents: Sequence[mx.array | None]) -> list[mx.array]:
+        full = [mx.zeros_like(x) if t is None else t for x, t in zip(primals, tangents)]
+        return jvp(primals[1:], full[1:])
+
+    node = Node(placeholder)
+    node.vmap(node_vmap)
+    node.vjp(node_vjp)
+    node.jvp(node_jvp)
+    return node
+
+
+def copies(x: mx.array, size: int) -> mx.array:
+    """`x` once for each sample, on axis 0; no memory is written."""
+    return mx.broadcast_to(x, (size, *x.shape))

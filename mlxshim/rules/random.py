@@ -23,6 +23,7 @@ import mlx.core as mx
 
 from ..core import levels
 from ..core.interception import intercept, original
+from ..core.primitive import Node
 
 
 def _key_position(name: str) -> int | None:
@@ -138,6 +139,6 @@ def _split_over(size: int) -> Callable[..., Any]:
     def batch(arrays: tuple[mx.array, mx.array], axes: Any) -> tuple[mx.array, int]:
         return mx.random.split(arrays[0], size), 0
 
-    node = mx.custom_function(lambda key, mapped: key)
+    node = Node(lambda key, mapped: key)
     node.vmap(batch)
     return node
