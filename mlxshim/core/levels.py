@@ -13,6 +13,8 @@ from typing import Literal, TypeVar
 
 import mlx.core as mx
 
+from . import compilation
+
 R = TypeVar("R")
 Kind = Literal["vmap", "grad", "jvp"]
 
@@ -72,6 +74,8 @@ def at_vmap(level: VmapLevel, fun: Callable[..., R]) -> Callable[..., R]:
     def traced(mapped: mx.array, *args: object, **kwargs: object) -> R:
         local = _levels
         level.mapped, level.depth = mapped, len(local.vmaps)
+        if level.depth == 0:
+            compilation.switch_off()
         local.stack.append("vmap")
         local.vmaps.append(level)
         try:
@@ -80,5 +84,7 @@ def at_vmap(level: VmapLevel, fun: Callable[..., R]) -> Callable[..., R]:
             local.stack.pop()
             local.vmaps.pop()
             level.mapped = None
+            if level.depth == 0:
+                compilation.switch_back()
 
     return traced
