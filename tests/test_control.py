@@ -232,7 +232,7 @@ def test_nothing_is_kept_alive():
 
 def test_compiled_functions_draw_for_each_sample():
     def f(x, shared):
-        noise = mx.compile(lambda s: s + mx.random.uniform(), inputs=mx.random.state)
+        noise = mx.compile(lambda s: s + mx.random.uniform(), mx.random.state, mx.random.state)
         return x + noise(shared)
 
     got = vmap(f, in_axes=(0, None))(mx.zeros(5), mx.array(0.0))

@@ -136,7 +136,7 @@ def test_with_derivatives():
     for got in (
         seeded(lambda: vmap(grad(noisy))(x)),
         seeded(lambda: grad(lambda a: vmap(noisy)(a).sum())(x)),
-        seeded(lambda: mx.compile(vmap(grad(noisy)), inputs=mx.random.state)(x)),
+        seeded(lambda: mx.compile(vmap(grad(noisy)), mx.random.state, mx.random.state)(x)),
     ):
         assert mx.allclose(got, noise)
     total = noise.sum(axis=1)
@@ -185,6 +185,53 @@ def test_compiled_inside():
     draws = mx.concatenate([vmap(f)(x), vmap(f)(x), mx.reshape(f(mx.array(0.0)), (1,))])
     assert distinct(draws) == 2 * N + 1
     assert distinct(vmap(vmap(f))(mx.zeros((N, M))), 2) == N * M
+
+
+@pytest.mark.parametrize("captured", [mx.random.state, None])
+def test_compiled_inside_with_nothing_mapped(captured):
+    """Before the vmap, in it, and in the next: each sample draws, and nothing is left behind."""
+    kwargs = {} if captured is None else {"inputs": captured, "outputs": captured}
+    noise, zero = mx.compile(lambda s: s + mx.random.uniform(), **kwargs), mx.array(0.0)
+    for compiled_before in (False, True):
+        draws = [vmap(lambda x: x + noise(zero))(mx.zeros(N)) for _ in range(2)]
+        assert distinct(mx.concatenate(draws)) == 2 * N
+        if not compiled_before:
+            mx.eval(noise(zero))
+    assert distinct(vmap(vmap(lambda x: x + noise(zero)))(mx.zeros((N, M))), 2) == N * M
+    outer = mx.compile(
+        vmap(lambda x: x + noise(zero)), inputs=mx.random.state, outputs=mx.random.state
+    )
+    assert distinct(outer(mx.zeros(N))) == N
+    mx.eval(noise(zero))
+
+
+def test_compilation_is_on_again_after_a_vmap():
+    calls = []
+
+    def counted(x):
+        calls.append(x)
+        return x
+
+    compiled = mx.compile(counted)
+
+    def runs() -> int:
+        before = len(calls)
+        compiled(mx.array(1.0))
+        return len(calls) - before
+
+    runs()
+    vmap(lambda x: x + compiled(mx.array(1.0)))(mx.zeros(3))
+    assert len(calls) == 2 and runs() == 0
+    with pytest.raises(KeyError):
+        vmap(lambda x: {}[0])(mx.zeros(3))
+    assert runs() == 0
+    mx.disable_compile()
+    try:
+        vmap(lambda x: x)(mx.zeros(3))
+        assert runs() == 1
+    finally:
+        mx.enable_compile()
+    assert runs() == 0
 
 
 def test_no_samples():

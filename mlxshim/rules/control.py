@@ -6,7 +6,6 @@
 * `mx.custom_function`: under `grad(vmap(f))` MLX maps the function and forgets its derivative.
   Here the mapped function has the mapped derivative.
 * `mx.depends`: the mapped inputs wait for the mapped dependencies.
-* `mx.compile` of a function that is called at once is the function itself.
 * `mx.eval` of a mapped array is a hint that has no meaning yet.
 
 Source: mlx/transforms.cpp (`custom_function`, `checkpoint`), mlx/primitives.cpp (`Depends`).
@@ -278,19 +277,7 @@ def _differentiated_from_outside() -> bool:
     return any(kind != "vmap" for kind in stack[:innermost])
 
 
-# Compilation and evaluation --------------------------------------------------------------------
-
-
-@intercept(mx, "compile")
-def compile(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
-    native = original(mx, "compile")(fun, *args, **kwargs)
-
-    def compiled(*args: Any, **kwargs: Any) -> Any:
-        # MLX compiles a call with none but unmapped arguments, and cannot map it if it captures
-        # something mapped (a random key among others).
-        return (fun if levels.vmaps() else native)(*args, **kwargs)
-
-    return compiled
+# Evaluation ------------------------------------------------------------------------------------
 
 
 def _evaluation(name: str) -> None:
