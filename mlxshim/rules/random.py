@@ -23,7 +23,8 @@ import mlx.core as mx
 
 from ..core import levels
 from ..core.interception import intercept, original
-from ..core.primitive import Node
+from ..core.primitive import Arrays, Axes, Node
+from ._opaque import Opaque
 
 
 def _key_position(name: str) -> int | None:
@@ -68,7 +69,7 @@ def _categorical(
     key: mx.array | None = None,
     stream: Any = None,
 ) -> mx.array:
-    """MLX's, but for one distribution, whose cumulative weights it cannot search if mapped.
+    """MLX's, but for one distribution: it searches the cumulative weights, and cannot if mapped.
 
     Source: mlx/random.cpp, `categorical_inverse_cdf` (as old as `mx.searchsorted`).
     """
@@ -83,7 +84,7 @@ def _categorical(
         weights = mx.where(mx.isinf(top), (x == top).astype(x.dtype), mx.exp(x - top))
         u = mx.random.uniform(shape=wanted, key=key) * mx.sum(weights)
         starts = mx.cumsum(weights, inclusive=False)
-        return mx.searchsorted(starts, u, side="right") - mx.array(1, mx.uint32)
+        return search(starts, u)[0] - mx.array(1, mx.uint32)
 
 
 def _shape_of_one(logits: Any, axis: int, shape: Any, num_samples: int | None) -> tuple[int, ...]:
@@ -97,6 +98,36 @@ def _shape_of_one(logits: Any, axis: int, shape: Any, num_samples: int | None) -
         return () if num_samples is not None or len(shape) < len(ones) else tuple(shape)
     return ones if num_samples is None else (*ones, num_samples)
 
+
+def _search(starts: mx.array, values: mx.array) -> list[mx.array]:
+    """How many of the ascending `starts` are no larger than each value."""
+    return [original(mx, "searchsorted")(starts, values, side="right")]
+
+
+def _search_batch(size: int, arrays: Arrays, axes: Axes) -> list[mx.array]:
+    starts, values = [mx.moveaxis(x, a, 0) if a is not None else x for x, a in zip(arrays, axes)]
+    if axes[0] is None:
+        return search(starts, values)
+    # One bit of the answer after the other, highest first.
+    shape = (size, *values.shape[axes[1] is not None :])
+    values = mx.reshape(mx.broadcast_to(values, shape), (size, -1))
+    last = starts.shape[1] - 1
+    found = mx.zeros(values.shape, mx.int32)
+    for bit in reversed(range(starts.shape[1].bit_length())):
+        longer = found + (1 << bit)
+        start = mx.take_along_axis(starts, mx.minimum(longer - 1, last), axis=1)
+        fits = mx.logical_and(longer - 1 <= last, start <= values)
+        found = mx.where(fits, longer, found)
+    return [mx.reshape(found.astype(mx.uint32), shape)]
+
+
+search = Opaque(
+    "random.categorical",
+    lowering=_search,
+    batch=_search_batch,
+    vjp=lambda primals, cotangents, outputs: [mx.zeros_like(x) for x in primals],
+    jvp=lambda primals, tangents, outputs: [mx.zeros_like(x) for x in outputs],
+)
 
 for _name, _position in DRAWS.items():
     intercept(mx.random, _name)(_own_draws(_name, _position))
