@@ -26,19 +26,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 class Interception:
     """One attribute of an MLX module or type, and what stands in for it while a transform runs."""
 
-    def __init__(self, owner: Any, name: str, handler: Callable[..., Any]) -> None:
-        self.owner, self.name, self.handler = owner, name, handler
+    def __init__(
+        self, owner: Any, name: str, handler: Callable[..., Any], outside: bool = False
+    ) -> None:
+        self.owner, self.name, self.handler, self.outside = owner, name, handler, outside
         self.original: Callable[..., Any] = getattr(owner, name)
         self.stand_in = self._new_stand_in()
 
     def _new_stand_in(self) -> Callable[..., Any]:
         handler, active, original = self.handler, levels.active, self.original
+        outside = self.outside
         on_type = not isinstance(self.owner, ModuleType)
 
         @functools.wraps(original)
         def stand_in(*args: Any, **kwargs: Any) -> Any:
             # One that somebody has wrapped and put back is out of date, and stands aside.
-            if active() and self.stand_in is stand_in:
+            if (active() or outside) and self.stand_in is stand_in:
                 return handler(*args, **kwargs)
             if on_type and not _users:
                 _restore_types()
@@ -98,17 +101,18 @@ _users = 0
 _types_replaced = False
 
 
-def intercept(owner: Any, name: str) -> Callable[[F], F]:
+def intercept(owner: Any, name: str, *, outside: bool = False) -> Callable[[F], F]:
     """Register the decorated function to stand in for `owner.name` inside transforms.
 
     The handler gets the caller's arguments as they were written. Inside it, `original(owner,
-    name)` is MLX's own function.
+    name)` is MLX's own function. With `outside` it is called while interception is in place and
+    no function is traced, too.
     """
 
     def register(handler: F) -> F:
         assert (owner, name) not in _table, f"{name} of {owner} has a handler"
         with _lock:
-            entry = _table[owner, name] = Interception(owner, name, handler)
+            entry = _table[owner, name] = Interception(owner, name, handler, outside)
             if isinstance(owner, ModuleType):
                 module = _modules.setdefault(owner, _Module(owner))
                 module.entries.append(entry)

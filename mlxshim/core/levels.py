@@ -1,8 +1,10 @@
 """Levels: which transforms are being traced, innermost last, in this thread.
 
-A level is pushed for exactly as long as the user's function runs. MLX calls batching and vjp
-rules after that function has returned, when the level has been popped: a rule therefore sees the
-levels *around* the transform it serves, and an empty stack at the outermost one.
+A level is pushed for as long as the user's function runs. MLX calls batching and vjp rules after
+that function has returned: a rule of a `Node` sees the levels *around* the transform it serves,
+and an empty stack at the outermost one. What MLX then runs of the user's once more (a checkpointed
+function, a custom function without a rule: C++ maps those by calling them again) still sees the
+vmap that it is mapped by, in which nothing is a tracer that is mapped for certain.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class VmapLevel:
         self.axis_name = axis_name
         self.size = size
         self.randomness = randomness
-        #: A tracer of this level that is mapped for certain: one of its inputs.
+        #: A tracer of this level that is mapped for certain: one of its inputs. None once the
+        #: function has returned, and MLX maps what it recorded.
         self.mapped: mx.array | None = None
         #: How many vmap levels are around this one.
         self.depth = 0
@@ -38,6 +41,8 @@ class _Levels(threading.local):
     def __init__(self) -> None:
         self.stack: list[Kind] = []
         self.vmaps: list[VmapLevel] = []
+        #: For each call of a function that `mx.vmap` made: whether a level of ours is in it.
+        self.calls: list[bool] = []
 
 
 _levels = _Levels()
@@ -74,17 +79,54 @@ def at_vmap(level: VmapLevel, fun: Callable[..., R]) -> Callable[..., R]:
     def traced(mapped: mx.array, *args: object, **kwargs: object) -> R:
         local = _levels
         level.mapped, level.depth = mapped, len(local.vmaps)
-        if level.depth == 0:
-            compilation.switch_off()
+        # Left in place for MLX's part, unless nobody would clear it away.
+        stays = bool(local.calls) and not local.calls[-1]
+        if stays:
+            local.calls[-1] = True
+        compilation.switch_off()
         local.stack.append("vmap")
         local.vmaps.append(level)
         try:
             return fun(*args, **kwargs)
         finally:
-            local.stack.pop()
-            local.vmaps.pop()
             level.mapped = None
-            if level.depth == 0:
-                compilation.switch_back()
+            compilation.switch_back()
+            if not stays:
+                local.stack.pop()
+                local.vmaps.pop()
 
     return traced
+
+
+def mapping(mapped: Callable[..., R]) -> Callable[..., R]:
+    """`mapped`, which `mx.vmap` made, clearing away the level that its function leaves."""
+
+    def call(*args: object, **kwargs: object) -> R:
+        local = _levels
+        depth, vmaps = len(local.stack), len(local.vmaps)
+        local.calls.append(False)
+        try:
+            return mapped(*args, **kwargs)
+        finally:
+            local.calls.pop()
+            del local.stack[depth:], local.vmaps[vmaps:]
+
+    return call
+
+
+def further_out(rule: Callable[..., R]) -> Callable[..., R]:
+    """A batching rule, run among the levels around the vmap it serves."""
+
+    def outside(*args: object) -> R:
+        local = _levels
+        if not local.vmaps or local.vmaps[-1].mapped is not None or local.stack[-1] != "vmap":
+            return rule(*args)
+        level = local.vmaps.pop()
+        local.stack.pop()
+        try:
+            return rule(*args)
+        finally:
+            local.stack.append("vmap")
+            local.vmaps.append(level)
+
+    return outside

@@ -26,6 +26,9 @@ class Node(mx.custom_function):
 
     __call__ = mx.custom_function.__call__
 
+    def vmap(self, f: Callable[..., Any]) -> Any:
+        return super().vmap(levels.further_out(f))
+
 
 class Primitive:
     """An operation on arrays with static (hashable, keyword) arguments.

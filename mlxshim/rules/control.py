@@ -94,7 +94,7 @@ class _Function:
 
     def __call__(self, *arrays: mx.array) -> list[mx.array]:
         vmaps = levels.vmaps()
-        if vmaps:
+        if vmaps and vmaps[-1].mapped is not None:
             return self._mapped(vmaps[-1], arrays)
         if self.waiting:
             arrays = (*_wait(*arrays, count=self.waiting), *arrays[self.waiting :])
@@ -240,7 +240,7 @@ def checkpoint(fun: Callable[..., Any]) -> Callable[..., Any]:
 
     # Bare like MLX's own, which has no name or signature either.
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
-        if not levels.vmaps():
+        if not _tracing_vmap():
             return native(*args, **kwargs)
         if "grad" not in levels.active():
             return fun(*args, **kwargs)  # nothing will be recomputed
@@ -262,19 +262,30 @@ def _recompute(flat: Flat, primals: Arrays, cotangents: Arrays, outputs: Arrays)
 @intercept(mx.custom_function, "__call__")
 def custom_function(self: Any, *args: Any, **kwargs: Any) -> Any:
     native = original(mx.custom_function, "__call__")
-    if not _differentiated_from_outside():
+    if not _tracing_vmap() or not _differentiated_from_outside():
         return native(self, *args, **kwargs)
     call = _Call(functools.partial(native, self), args, kwargs)
     return call.through(_Function(call.flat))
 
 
+def _tracing_vmap() -> bool:
+    vmaps = levels.vmaps()
+    return bool(vmaps) and vmaps[-1].mapped is not None
+
+
 def _differentiated_from_outside() -> bool:
     """Whether a derivative will be taken of the result of a vmap, and not only inside it."""
     stack = levels.active()
-    if "vmap" not in stack:
-        return False
     innermost = len(stack) - 1 - stack[::-1].index("vmap")
     return any(kind != "vmap" for kind in stack[:innermost])
+
+
+# MLX's vmap ------------------------------------------------------------------------------------
+
+
+@intercept(mx, "vmap", outside=True)
+def vmap(*args: Any, **kwargs: Any) -> Any:
+    return levels.mapping(original(mx, "vmap")(*args, **kwargs))
 
 
 # Evaluation ------------------------------------------------------------------------------------

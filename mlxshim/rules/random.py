@@ -151,7 +151,12 @@ def _key_for_each(name: str, vmaps: list[levels.VmapLevel]) -> mx.array:
         )
     key = _next_key()
     for level in vmaps:
-        if level.randomness == "different" and level.mapped is not None:
+        if level.randomness == "different":
+            if level.mapped is None:
+                raise ValueError(
+                    f"[random.{name}] draws in a function that MLX maps by calling it again: "
+                    "a checkpoint or a custom function made outside the vmap."
+                )
             key = _split_over(level.size)(key, level.mapped)
     return key
 
