@@ -116,6 +116,40 @@ def test_a_checkpoint_made_before_is_looped_over():
     same(got, vmap(grad(lambda x, w: layer(x, w).sum()), in_axes=(0, None))(x, w))
 
 
+@mx.custom_function
+def lower_inverse(a):
+    return mx.linalg.tri_inv(a, stream=mx.cpu)
+
+
+@lower_inverse.vjp
+def _(a, cotangent, output):
+    return cotangent * output
+
+
+@pytest.mark.parametrize(
+    "fun", [lower_inverse, mx.checkpoint(lambda a: mx.linalg.tri_inv(a, stream=mx.cpu))]
+)
+def test_what_mlx_maps_by_calling_it_again_has_every_rule(fun):
+    """The triangular inverse is wrong under MLX's own vmap."""
+    a = rand(2, 3, 4, 4) + 3 * mx.eye(4)
+    want = mx.stack([mx.stack([fun(x) for x in row]) for row in a])
+    same(vmap(fun)(a[0]), want[0], 1e-4)
+    same(vmap(vmap(fun))(a), want, 1e-4)
+    same(vmap(mx.vmap(fun))(a), want, 1e-4)
+    same(mx.compile(vmap(fun))(a[0]), want[0], 1e-4)
+    same(vmap(lambda a: vmap(fun)(a) + mx.linalg.tri_inv(a, stream=mx.cpu))(a), 2 * want, 1e-4)
+
+
+def test_a_draw_in_what_mlx_calls_again():
+    layer, x = nn.Dropout(0.5), mx.ones((4, 64))
+    made_before = nn.utils.checkpoint(layer)
+    with pytest.warns(UserWarning, match="bernoulli"):
+        kept = vmap(made_before)(x)
+    assert len({str(row.tolist()) for row in kept}) == 4
+    inside = vmap(lambda x: nn.utils.checkpoint(layer)(x))(x)
+    assert len({str(row.tolist()) for row in inside}) == 4
+
+
 def test_what_a_checkpoint_captures():
     """A mapped array that is no argument: no rule can know of it, so the samples are looped."""
     x, w, shared = rand(3, 4), rand(3, 4), rand(4)
