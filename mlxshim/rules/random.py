@@ -43,7 +43,7 @@ DRAWS = {name: position for name in dir(mx.random) if (position := _key_position
 
 
 def _own_draws(name: str, position: int) -> Callable[..., Any]:
-    special = _categorical if name == "categorical" and hasattr(mx, "searchsorted") else None
+    special = _SPECIAL.get(name)
 
     def draw(*args: Any, **kwargs: Any) -> Any:
         raw = original(mx.random, name)
@@ -121,6 +121,20 @@ def _search_batch(size: int, arrays: Arrays, axes: Axes) -> list[mx.array]:
     return [mx.reshape(found.astype(mx.uint32), shape)]
 
 
+def _permutation(
+    x: int | mx.array, axis: int = 0, key: mx.array | None = None, stream: Any = None
+) -> mx.array:
+    """MLX's own choice is `take`, whose backward pass corrupts memory under vmap where the
+    cotangent is mapped behind the axis (`Scatter::vmap`)."""
+    raw = original(mx.random, "permutation")
+    if not isinstance(x, mx.array) or not -x.ndim <= axis < x.ndim:
+        return raw(x, axis, key, stream)
+    order = raw(x.shape[axis], 0, key, stream)
+    with mx.stream(stream or mx.default_device()):
+        order = mx.reshape(order, [-1] + [1] * (x.ndim - 1 - axis % x.ndim))
+        return mx.take_along_axis(x, mx.broadcast_to(order, x.shape), axis)
+
+
 search = Opaque(
     "random.categorical",
     lowering=_search,
@@ -128,6 +142,10 @@ search = Opaque(
     vjp=lambda primals, cotangents, outputs: [mx.zeros_like(x) for x in primals],
     jvp=lambda primals, tangents, outputs: [mx.zeros_like(x) for x in outputs],
 )
+
+_SPECIAL: dict[str, Callable[..., mx.array]] = {"permutation": _permutation}
+if hasattr(mx, "searchsorted"):
+    _SPECIAL["categorical"] = _categorical
 
 for _name, _position in DRAWS.items():
     intercept(mx.random, _name)(_own_draws(_name, _position))
