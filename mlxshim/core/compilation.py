@@ -11,8 +11,11 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import mlx.core as mx
+
+R = TypeVar("R")
 
 _lock = threading.Lock()
 _users = 0
@@ -36,6 +39,21 @@ def switch_back() -> None:
         _users -= 1
         if _users == 0 and _switched:
             mx.enable_compile()
+
+
+def always(compiled: Callable[..., R]) -> Callable[..., R]:
+    """`compiled`, which is what MLX compiled even inside a vmap."""
+
+    def call(*args: Any) -> R:
+        if not _users or not _switched:
+            return compiled(*args)
+        mx.enable_compile()
+        try:
+            return compiled(*args)
+        finally:
+            mx.disable_compile()
+
+    return call
 
 
 def _is_on() -> bool:

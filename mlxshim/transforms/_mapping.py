@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..core import trees
+from ..core.primitive import Node
 
 
 def check_spec(spec: Any, name: str) -> None:
@@ -252,7 +253,7 @@ class Outputs:
             self.shared[list(self.shared)[place]] = first
             return y, axis
 
-        node = mx.custom_function(lambda y: y)
+        node = Node(lambda y: y)
         node.vmap(rule)
         return node(x)
 

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..core import levels, trees
+from ..core.primitive import Node
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def _node(collective: _Collective, depth: int, size: int) -> Any:
         tangent = tangents[0]
         return apply(mx.zeros_like(primals[0]) if tangent is None else tangent, primals[1])
 
-    node = mx.custom_function(lambda x, mapped: collective.like(x, size))
+    node = Node(lambda x, mapped: collective.like(x, size))
     node.vmap(vmap)
     node.vjp(vjp)
     node.jvp(jvp)
@@ -65,7 +66,7 @@ def _node(collective: _Collective, depth: int, size: int) -> Any:
 
 def _level(name: Hashable, function: str) -> levels.VmapLevel:
     for level in reversed(levels.vmaps()):
-        if level.axis_name == name and name is not None:
+        if level.axis_name == name and name is not None and level.mapped is not None:
             return level
     bound = [level.axis_name for level in levels.vmaps() if level.axis_name is not None]
     raise NameError(
@@ -303,7 +304,7 @@ def _index_node(depth: int) -> Any:
             raise RuntimeError("axis_index has left its level")
         return mx.arange(mapped.shape[axis], dtype=mx.int32), 0
 
-    node = mx.custom_function(lambda mapped: mx.zeros((), mx.int32))
+    node = Node(lambda mapped: mx.zeros((), mx.int32))
     node.vmap(vmap)
     node.vjp(lambda primal, cotangent, output: mx.zeros_like(primal))
     node.jvp(lambda primals, tangents: mx.zeros((), mx.int32))
