@@ -1,5 +1,6 @@
 """The rules: one file a family of operations. Importing a family registers its interceptions."""
 
+from ..core.versions import MLX
 from . import attention as attention
 from . import axes as axes
 from . import control as control
@@ -13,3 +14,6 @@ from . import positions as positions
 from . import quantized as quantized
 from . import random as random
 from . import spectral as spectral
+
+if MLX < (0, 32, 0):
+    from . import plain_0_31 as plain_0_31

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -14,9 +13,6 @@ def gpu(stream: Any = None) -> bool:
     return device.type == mx.gpu if isinstance(device, mx.Device) else device == mx.gpu
 
 
-def fuses(stack: Sequence[str], stream: Any) -> bool:
-    """Whether a mapped call can reach a fused kernel that MLX's own rule would miss.
-
-    Fused kernels live on GPUs; tangents and second derivatives are decomposed everywhere.
-    """
-    return "vmap" in stack and "jvp" not in stack and stack.count("grad") < 2 and gpu(stream)
+def cuda() -> bool:
+    """Whether the default device is a CUDA GPU."""
+    return gpu() and not mx.metal.is_available()

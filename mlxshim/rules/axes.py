@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from ..core import levels
 from ..core.interception import intercept, original
+from ..core.versions import MLX
 
 
 def _unsafe(axes: Any, ndim: int) -> list[int] | None:
@@ -131,12 +132,14 @@ def _norm(owner: Any, name: str) -> None:
 _norm(mx.linalg, "norm")
 if hasattr(mx, "matrix_norm"):
     _norm(mx, "matrix_norm")
+_OLD = {"logsumexp", "median"} if MLX < (0, 32, 0) else set()  # plain_0_31.py has them
+
 _squeezing(mx)
 _squeezing(mx.array)
 for _owner in (mx, mx.array):
-    for _name in ("sum", "mean", "var", "std", "logsumexp"):
+    for _name in {"sum", "mean", "var", "std", "logsumexp"} - _OLD:
         _summing(_owner, _name)
-    for _name in ("max", "min", "prod", "median", "minmax"):
+    for _name in {"max", "min", "prod", "median", "minmax"} - _OLD:
         if hasattr(_owner, _name):
             _selecting(_owner, _name)
 
@@ -144,8 +147,7 @@ for _owner in (mx, mx.array):
 # Indices ----------------------------------------------------------------------------------------
 
 
-@intercept(mx.array, "__getitem__")
-def __getitem__(a: mx.array, key: Any) -> mx.array:
+def _getitem(a: mx.array, key: Any) -> mx.array:
     raw: Callable[..., mx.array] = original(mx.array, "__getitem__")
     if type(key) is not tuple or "vmap" not in levels.active():
         return raw(a, key)
@@ -167,3 +169,14 @@ def __getitem__(a: mx.array, key: Any) -> mx.array:
         return raw(a, key)
     key = tuple(slice(k % n, k % n + 1) if type(k) is int else k for k, n in zip(key, a.shape))
     return _squeeze(raw(a, key), dropped, None)
+
+
+if MLX < (0, 32, 0):
+    from .plain_0_31 import fronted
+
+    @intercept(mx.array, "__getitem__")
+    def __getitem__(a: mx.array, key: Any) -> mx.array:
+        return fronted(_getitem(a, key))
+
+else:
+    intercept(mx.array, "__getitem__")(_getitem)

@@ -352,6 +352,7 @@ def _sort_again(
     size: int, o: _Operands, axis: _Operands, static: dict[str, Any]
 ) -> tuple[list[mx.array], list[int]]:
     """Single rows, sorted within each sample: sort the rows of all samples by their index."""
+    assert o.rhs is not None
     x, rhs = front(o.x, axis.x, size), front(o.rhs, axis.rhs, size)
     flat = mx.flatten(rhs)
     order = mx.argsort(flat)

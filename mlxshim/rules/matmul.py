@@ -17,6 +17,7 @@ matmul, inner, outer, tensordot, einsum, kron and hadamard_transform are right a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -143,8 +144,16 @@ def _decomposed(*arrays: mx.array, block: int, given: tuple[bool, ...]) -> list[
 def _masked(x: mx.array, mask: mx.array | None, block: int) -> mx.array:
     if mask is None:
         return x
-    full = mx.repeat(mx.repeat(mask, block, axis=-2), block, axis=-1)
-    return x * full[..., : x.shape[-2], : x.shape[-1]].astype(x.dtype)
+    # Products with zeros and ones, whose derivatives of any order are right on every version.
+    wide = matmul(mask.astype(x.dtype), _repeats(mask.shape[-1], x.shape[-1], block, x.dtype))
+    rows = _repeats(mask.shape[-2], x.shape[-2], block, x.dtype)
+    return x * mx.swapaxes(matmul(mx.swapaxes(wide, -1, -2), rows), -1, -2)
+
+
+@functools.lru_cache(maxsize=64)
+def _repeats(count: int, length: int, block: int, dtype: mx.Dtype) -> mx.array:
+    """(count, length): each of a row's entries `block` times, as a matrix."""
+    return mx.array([[i // block == n for i in range(length)] for n in range(count)]).astype(dtype)
 
 
 def _batch(

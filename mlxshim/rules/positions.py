@@ -44,17 +44,17 @@ def rope(
     freqs: mx.array | None = None,
     stream: Any = None,
 ) -> mx.array:
-    form = {"dims": dims, "traditional": traditional, "base": base, "scale": scale}
+    form = {"traditional": traditional, "base": base, "scale": scale}
     mapped = "vmap" in levels.active() and _devices.gpu()
     if not (mapped or _turns_itself()) or not isinstance(offset, (int, mx.array)):
-        return _raw(a, **form, offset=offset, freqs=freqs, stream=stream)
+        return _raw(a, dims, **form, offset=offset, freqs=freqs, stream=stream)
     if isinstance(offset, int):
         offset = constant(offset, mx.int32)
     arrays = [a, offset] if freqs is None else [a, offset, freqs]
     if stream is None:
-        return _bind(*arrays, **form)
+        return _bind(*arrays, dims=dims, **form)
     with mx.stream(stream):
-        return _bind(*arrays, **form)
+        return _bind(*arrays, dims=dims, **form)
 
 
 def _raw(*args: Any, **kwargs: Any) -> mx.array:
@@ -72,8 +72,10 @@ def _bind(*arrays: mx.array, **form: Any) -> mx.array:
     return rotation(*arrays, **form)[0]
 
 
-def _fused(x: mx.array, offset: mx.array, *freqs: mx.array, **form: Any) -> list[mx.array]:
-    return [_raw(x, **form, offset=offset, freqs=freqs[0] if freqs else None)]
+def _fused(
+    x: mx.array, offset: mx.array, *freqs: mx.array, dims: int, **form: Any
+) -> list[mx.array]:
+    return [_raw(x, dims, **form, offset=offset, freqs=freqs[0] if freqs else None)]
 
 
 # The rules -------------------------------------------------------------------------------------
