@@ -67,7 +67,8 @@ def where(condition: Any, x: Any, y: Any, /, *, stream: Any = None) -> mx.array:
 def _as_arrays(x: Any, y: Any) -> tuple[mx.array, mx.array]:
     """Scalars as arrays of the dtype that MLX gives them beside the other."""
     like = original(mx, "where")(mx.array(True), x, y).dtype
-    return tuple(z if isinstance(z, mx.array) else mx.array(z, like) for z in (x, y))
+    x, y = (z if isinstance(z, mx.array) else mx.array(z, like) for z in (x, y))
+    return x, y
 
 
 def _triangle(name: str, offset: int) -> None:
