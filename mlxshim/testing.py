@@ -134,6 +134,8 @@ def conformance(
                     want = _outcome(oracle)
                     if isinstance(want, Exception) or not want:
                         continue  # what one sample does not have
+                    if "jvp" in mode and any(w.dtype == mx.bool_ for w in want):
+                        want = []  # MLX 0.31's tangent of a selection is no tangent: no oracle
                 where = f"{where} {str(dtype).split('.')[-1]}"
                 announce(f"case {n} {mode} {where}")
                 got = _outcome(ours)
@@ -141,7 +143,7 @@ def conformance(
                     said = f"{type(got).__name__}: {(str(got).splitlines() or [''])[0][:200]}"
                     yield Result(mode, where, said)
                     continue
-                if n in blind:
+                if not want:
                     yield Result(mode, where, None)
                     continue
                 error = _difference(got, want, tol * (5 if "jvp(grad)" in mode else 1))

@@ -360,7 +360,7 @@ def _share_by_length(
 ) -> tuple[list[mx.array], list[int]]:
     """One K/V, all samples' queries as rows: (B, H, N * Lq, D)."""
     q, k, v, *rest = arrays
-    folded = _fold(q, axes[0], size, 2)
+    folded = _queries(_fold(q, axes[0], size, 2), axes[0])
     if has_mask and axes[3] is not None:
         mask = _mask_front(rest[0], axes[3])  # (N, b, h, lq, Lk)
         rows = folded.shape[2] // size
@@ -383,6 +383,7 @@ def _share_by_group(
         return mx.flatten(mx.swapaxes(x, axis, axis + 1), axis, axis + 2)
 
     queries = regroup(_to(q, axes[0], size, 1), 1)
+    queries = _queries(queries, axes[0])
     heads = queries.shape[1] // size
     if has_mask:
         mask = _mask_front(rest[0], axes[3])
@@ -400,6 +401,7 @@ def _share_by_group(
 def _fold_into_batch(size: int, arrays: Arrays, axes: Axes, has_mask: bool) -> list[mx.array]:
     """(N, B, ...) -> (N * B, ...) for every array; sinks are unmapped and stay."""
     folded = [_fold(x, axis, size, 0) for x, axis in zip(arrays[:3], axes)]
+    folded[0] = _queries(folded[0], axes[0])
     rest = list(arrays[3:])
     if has_mask:
         batch = folded[0].shape[0] // size
@@ -416,6 +418,7 @@ def _fold_into_batch(size: int, arrays: Arrays, axes: Axes, has_mask: bool) -> l
 def _fold_into_heads(size: int, arrays: Arrays, axes: Axes, has_mask: bool) -> list[mx.array]:
     """(B, N, H, ...) -> (B, N * H, ...): sinks belong to heads, so mapped ones need this."""
     folded = [_fold(x, axis, size, 1) for x, axis in zip(arrays[:3], axes)]
+    folded[0] = _queries(folded[0], axes[0])
     rest = list(arrays[3:])
     if has_mask:
         heads = folded[0].shape[1] // size
@@ -443,6 +446,12 @@ def _to(x: mx.array, axis: int | None, size: int, dim: int) -> mx.array:
         shape = (*x.shape[:dim], size, *x.shape[dim:])
         return mx.broadcast_to(mx.expand_dims(x, dim), shape)
     return x if axis == dim else mx.moveaxis(x, axis, dim)
+
+
+def _queries(folded: mx.array, axis: int | None) -> mx.array:
+    """Queries that samples share, written out: CUDA's kernel gives its output the layout of q,
+    and a stride of zero is one that it cannot give."""
+    return mx.contiguous(folded) if axis is None else folded
 
 
 def _fold(x: mx.array, axis: int | None, size: int, dim: int) -> mx.array:

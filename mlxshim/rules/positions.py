@@ -94,6 +94,10 @@ def _batch(size: int, arrays: Arrays, axes: Axes, **form: Any) -> tuple[list[mx.
     batch = x.shape[1]
     if axes[1] is not None:
         offset = mx.reshape(mx.moveaxis(offset, axes[1], 0), (size, -1))
+    if x.ndim == 4 and offset.size == (1 if axes[1] is None else size):
+        # The entries of a sample turn alike: as heads they share what the kernel computes.
+        offset = offset if axes[1] is None else mx.flatten(offset)
+        return [_bind(x, offset, *freqs, **form)], [0]
     if offset.size > 1:  # one for each entry of the batch
         offset = mx.flatten(mx.broadcast_to(offset, (size, batch)))
     y = _bind(mx.flatten(x, 0, 1), offset, *freqs, **form)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlxshim.core.versions import MLX
+
 from .case import case, integers, normal
 from .quantized import HALF, e8m0, packed
 
@@ -21,7 +23,8 @@ case(
     normal(2, 1, 1, 5),
     normal(4, 5, 6),
     indices(2, 3, high=4),
-    dtypes=HALF,
+    # The CPU's kernel of 0.31 takes float32 alone, and says so from its own thread, late.
+    dtypes=HALF if MLX >= (0, 32, 0) else HALF[:1],
 )
 case(
     "gather_mm/swapped",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+_NOT_BEGUN = "loop -1"
 TESTS = Path(__file__).resolve().parents[1]
 
 
@@ -26,9 +28,14 @@ class Worker:
         results: list[dict[str, Any]] = []
         start, blind = 0, -1
         while True:
+            fresh = self.process is None
             stage, done, death = self._attempt(name, start, blind, results)
             if done:
                 return results
+            if stage == _NOT_BEGUN:  # what died here was hurt by the operation before
+                if fresh:
+                    raise RuntimeError(f"the worker died before {name} began")
+                continue
             kind, number, *where = stage.split(" ", 3)
             if kind == "loop":  # where MLX's own derivative dies, ours must not
                 start = blind = int(number)
@@ -42,16 +49,15 @@ class Worker:
     ) -> tuple[str, bool, str]:
         process = self.process or self._start()
         assert process.stdin is not None
-        process.stdin.write(json.dumps([name, start, blind]).encode() + b"\n")
-        process.stdin.flush()
-        stage = "loop -1"
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(json.dumps([name, start, blind]).encode() + b"\n")
+            process.stdin.flush()
+        stage = _NOT_BEGUN
         while True:
             line = self._line(process)
             if line is None:
                 code = process.poll()
                 self.close()
-                if stage == "loop -1":
-                    raise RuntimeError(f"the worker died before {name} began")
                 return stage, False, "HANG" if code is None else f"DIED ({process.returncode})"
             if "done" in line:
                 return stage, True, ""
