@@ -38,7 +38,8 @@ NOT_OPERATIONS: dict[str, str] = {
     ),
     **_reason(
         _VALUE,
-        "async_eval array.item array.tolist array.__array__ array.__bool__ array.__buffer__ array.__release_buffer__ array.__bytes__ "
+        "async_eval array.item array.tolist array.__array__ array.__bool__ array.__bytes__ "
+        "array.__buffer__ array.__release_buffer__ "
         "array.__complex__ array.__dlpack__ array.__dlpack_device__ array.__float__ "
         "array.__index__ array.__int__ array.__getstate__ array.__setstate__ array.__repr__ "
         "array.__format__ from_dlpack",
