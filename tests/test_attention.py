@@ -10,6 +10,7 @@ from attention_cases import CASES, SAMPLES, Case, arguments, assert_close, loop,
 
 import mlxshim
 from mlxshim.rules import attention as rules
+from mlxshim.rules import attention_plain
 
 Fun = Callable[..., list[mx.array]]
 
@@ -304,7 +305,7 @@ def test_no_broadcasting_matmul_in_a_trace(case, meaning, lowering, monkeypatch)
         return matmul(a, b, **kwargs)
 
     monkeypatch.setattr(mx, "matmul", strict)
-    monkeypatch.setattr(rules, "matmul", strict)
+    monkeypatch.setattr(attention_plain, "matmul", strict)
     monkeypatch.setattr(mx, "take_along_axis", _poison("take_along_axis"))
     monkeypatch.setattr(mx, "put_along_axis", _poison("put_along_axis"))
     arrays, axes = arguments(case, (True,) * len(case.names), 0)
@@ -445,3 +446,20 @@ def test_plain_grad_of_a_ragged_length_is_padded(monkeypatch):
         assert_close(list(got), list(want), mx.float32)
     assert {length % 4 for length in lengths if length > 4} == {0, 5 % 4, 6 % 4}
     assert 8 in lengths
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("blind", [False, True], ids=["", "blind-row"])
+def test_the_written_backward_pass_is_the_derivative(case, blind):
+    arrays = [case.array(n, (), mx.float32) for n in case.names]
+    if blind:
+        if case.mask != "bool":
+            pytest.skip("no mask to blind a row with")
+        arrays[3] = mx.logical_and(arrays[3], mx.arange(arrays[3].shape[-1]) < 0)
+    form = {"scale": 0.4, "causal": case.mask == "causal", "has_mask": "mask" in case.names}
+    cotangent = mx.random.normal((case.batch, case.heads, case.q_length, case.value_dim))
+    got = attention_plain.decompose_vjp(*arrays, cotangent, **form)
+    _, want = mx.vjp(
+        lambda *qkv: attention_plain.decompose(*qkv, *arrays[3:], **form), arrays[:3], [cotangent]
+    )
+    assert_close(got, want, mx.float32)

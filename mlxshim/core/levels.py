@@ -16,6 +16,7 @@ from typing import Literal, TypeVar
 import mlx.core as mx
 
 from . import compilation
+from .plans import Plan
 
 R = TypeVar("R")
 Kind = Literal["vmap", "grad", "jvp"]
@@ -24,12 +25,17 @@ Kind = Literal["vmap", "grad", "jvp"]
 class VmapLevel:
     """What rules and collectives may ask of one active vmap."""
 
-    __slots__ = ("axis_name", "depth", "mapped", "randomness", "size")
+    __slots__ = ("axis_name", "calls", "depth", "mapped", "plan", "randomness", "size")
 
-    def __init__(self, axis_name: object, size: int, randomness: str) -> None:
+    def __init__(
+        self, axis_name: object, size: int, randomness: str, plan: Plan | None = None
+    ) -> None:
         self.axis_name = axis_name
         self.size = size
         self.randomness = randomness
+        #: What is known of this trace, and how many calls of primitives it has made so far.
+        self.plan = plan
+        self.calls = 0
         #: A tracer of this level that is mapped for certain: one of its inputs. None once the
         #: function has returned, and MLX maps what it recorded.
         self.mapped: mx.array | None = None

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import levels
+from .plans import Noted, Plan, placeholder
 
 Arrays = Sequence[mx.array]
 Axes = Sequence["int | None"]
@@ -69,14 +70,34 @@ class Primitive:
         """Bind: a node of the trace under a vmap level, the lowering outside."""
         if "vmap" not in levels.active():
             return self.lowering(*arrays, **static)
-        return self._node(True, **static)(*arrays)
+        node = self._node(True, **static)
+        level = levels.vmaps()[-1]
+        plan, mapped = level.plan, level.mapped
+        if plan is None or mapped is None:
+            return node(*arrays)
+        number = level.calls
+        level.calls = number + 1
+        noted = plan.noted.get(number)
+        if noted is not None and noted.is_like(node, arrays):
+            return noted.node(mapped, *arrays)
+        if noted is None and plan.learns and number not in plan.noted:
+            return self._noting(node, plan, number, arrays, static)(*arrays)
+        return node(*arrays)
 
     def differentiable(self, *arrays: mx.array, **static: Any) -> list[mx.array]:
         """Bind for plain reverse mode, with no vmap around: the lowering's value, our vjp rule."""
         return self._node(False, **static)(*arrays)
 
-    def _build_node(self, batched: bool, **static: Any) -> Callable[..., Any]:
-        value = self.decomposition if batched else self.lowering
+    def _build_node(
+        self,
+        batched: bool,
+        *,
+        value: Callable[..., list[mx.array]] | None = None,
+        batch: Callable[..., tuple[list[mx.array], list[int]]] | None = None,
+        **static: Any,
+    ) -> Callable[..., Any]:
+        fun = value or functools.partial(self.decomposition if batched else self.lowering, **static)
+        rule = batch or self.batch
 
         def vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> list[mx.array]:
             return self.vjp(_tuple(primals), _tuple(cotangents), _tuple(outputs), **static)
@@ -87,13 +108,58 @@ class Primitive:
         def vmap(arrays: Arrays, axes: Axes) -> tuple[list[mx.array], list[int]]:
             arrays, axes = _tuple(arrays), _tuple(axes)
             size = next(x.shape[a] for x, a in zip(arrays, axes) if a is not None)
-            return self.batch(size, arrays, axes, **static)
+            return rule(size, arrays, axes, **static)
 
-        node = Node(lambda *xs: value(*xs, **static))
-        node.vjp(vjp)
-        node.jvp(jvp)
-        node.vmap(vmap)
-        return node
+        return _node(fun, vjp, jvp, vmap)
+
+    def _noting(
+        self, form: Any, plan: Plan, number: int, arrays: Arrays, static: dict[str, Any]
+    ) -> Callable[..., Any]:
+        """The node that a call gets, noting in the plan if it turns out to be mapped."""
+        outputs: list[mx.array] = []
+
+        def value(*xs: mx.array) -> list[mx.array]:
+            outputs[:] = self.decomposition(*xs, **static)
+            return outputs
+
+        def batched(size: int, xs: Arrays, axes: Axes, **static: Any) -> Any:
+            shapes = [(x.shape, x.dtype) for x in outputs]
+            node = self._placed(plan, number, shapes, static)
+            plan.noted[number] = Noted(form, arrays, node)
+            return self.batch(size, xs, axes, **static)
+
+        return self._build_node(True, value=value, batch=batched, **static)
+
+    def _placed(
+        self,
+        plan: Plan,
+        number: int,
+        shapes: list[tuple[tuple[int, ...], mx.Dtype]],
+        static: dict[str, Any],
+    ) -> Callable[..., Any]:
+        """A node of (a tracer that is mapped for certain, *arrays), with a value of no meaning."""
+
+        def value(*_: mx.array) -> list[mx.array]:
+            return [placeholder(*shape) for shape in shapes]
+
+        def vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> list[mx.array]:
+            mapped, *xs = primals
+            grads = self.vjp(tuple(xs), _tuple(cotangents), _tuple(outputs), **static)
+            return [placeholder(mapped.shape, mapped.dtype), *grads]
+
+        def jvp(primals: Arrays, tangents: Sequence[mx.array | None]) -> list[mx.array]:
+            return self.jvp(tuple(primals[1:]), tuple(tangents[1:]), **static)
+
+        def vmap(arrays: Arrays, axes: Axes) -> tuple[list[mx.array], list[int]]:
+            size = arrays[0].shape[axes[0]]  # pyright: ignore
+            arrays, axes = tuple(arrays[1:]), tuple(axes[1:])
+            if any(axis is not None for axis in axes):
+                return self.batch(size, arrays, axes, **static)
+            plan.noted[number] = None
+            outputs = self(*arrays, **static)
+            return [mx.broadcast_to(x, (size, *x.shape)) for x in outputs], [0] * len(outputs)
+
+        return _node(value, vjp, jvp, vmap)
 
     def _vjp_of_decomposition(
         self, primals: Arrays, cotangents: Arrays, outputs: Arrays, **static: Any
@@ -115,6 +181,19 @@ class Primitive:
             return self.decomposition(*full, **static)
 
         return mx.jvp(fun, [primals[i] for i in active], [tangents[i] for i in active])[1]  # pyright: ignore
+
+
+def _node(
+    value: Callable[..., Any],
+    vjp: Callable[..., Any],
+    jvp: Callable[..., Any],
+    vmap: Callable[..., Any],
+) -> Callable[..., Any]:
+    node = Node(value)
+    node.vjp(vjp)
+    node.jvp(jvp)
+    node.vmap(vmap)
+    return node
 
 
 def _tuple(arrays: Any) -> tuple[Any, ...]:

@@ -19,13 +19,9 @@ import mlx.core as mx
 from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
-from ._constants import constant
 from ._devices import gpu as _gpu
 from ._dtypes import promoted
-from ._mlx_0_31 import keep_where, matmul
-
-_FLOOR = {t: mx.finfo(t).min for t in (mx.float64, mx.float32, mx.float16, mx.bfloat16)}
-
+from .attention_plain import decompose, decompose_vjp
 
 # The call --------------------------------------------------------------------------------------
 
@@ -200,75 +196,6 @@ def _padded(
 
 def _more_rows(x: mx.array, extra: int) -> mx.array:
     return mx.pad(x, [(0, 0), (0, 0), (0, extra), (0, 0)])
-
-
-# The decomposition -----------------------------------------------------------------------------
-
-
-def decompose(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    *rest: mx.array,
-    scale: float,
-    causal: bool,
-    has_mask: bool,
-    **newer: Any,
-) -> list[mx.array]:
-    """Attention in plain operations; the queries of a group share K/V as rows of one matmul.
-
-    So both matmuls have equal batch dimensions: no broadcast, no repeated K/V.
-    """
-    batch, heads, q_length, dim = q.shape
-    kv_heads, k_length = k.shape[1], k.shape[2]
-    grouped = heads != kv_heads
-    q = q * constant(scale, q.dtype)
-    if grouped:
-        q = mx.reshape(q, (batch, kv_heads, -1, dim))
-    scores = matmul(q, mx.swapaxes(k, -1, -2))
-    if causal:
-        past = _positions(q.shape[2], q_length, k_length) >= _steps(k_length)
-        scores = keep_where(past, scores, _FLOOR[scores.dtype])
-    if not rest:
-        out = matmul(mx.softmax(scores, axis=-1, precise=True), v)
-    else:
-        if grouped:
-            scores = mx.reshape(scores, (batch, heads, q_length, k_length))
-        probs = _masked_softmax(scores, rest, has_mask)
-        if grouped:
-            probs = mx.reshape(probs, (batch, kv_heads, -1, k_length))
-        out = matmul(probs, v)
-    return [mx.reshape(out, (batch, heads, q_length, -1)) if grouped else out]
-
-
-@functools.lru_cache(maxsize=64)
-def _steps(length: int) -> mx.array:
-    return mx.array(list(range(length)))
-
-
-@functools.lru_cache(maxsize=64)
-def _positions(rows: int, q_length: int, k_length: int) -> mx.array:
-    """The last key that each row sees; the rows are those of all the queries of a group."""
-    return mx.array([[row % q_length + k_length - q_length] for row in range(rows)])
-
-
-def _masked_softmax(scores: mx.array, rest: tuple[mx.array, ...], has_mask: bool) -> mx.array:
-    heads = scores.shape[1]
-    if has_mask:
-        mask, floor = rest[0], _FLOOR[scores.dtype]
-        scores = keep_where(mask, scores, floor) if mask.dtype == mx.bool_ else scores + mask
-    if len(rest) == has_mask:
-        return mx.softmax(scores, axis=-1, precise=True)
-    # A sink is one more key, with a score of its own and no value. Written out rather than
-    # concatenated: the derivatives of a concatenated score crash in 0.31.1.
-    sink = mx.reshape(rest[-1], (heads, 1, 1))
-    dtype = scores.dtype
-    if dtype.size < 4:
-        scores, sink = scores.astype(mx.float32), sink.astype(mx.float32)
-    top = mx.stop_gradient(mx.maximum(mx.max(scores, axis=-1, keepdims=True), sink))
-    weights = mx.exp(scores - top)
-    total = mx.sum(weights, axis=-1, keepdims=True) + mx.exp(sink - top)
-    return (weights / total).astype(dtype)
 
 
 # The lowerings ---------------------------------------------------------------------------------
@@ -487,15 +414,6 @@ def _vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays, **static: Any) ->
     return grads + others
 
 
-def _decomposed_vjp(*arrays: mx.array, **static: Any) -> list[mx.array]:
-    q, k, v, *rest, cotangent = arrays
-
-    def of_qkv(*qkv: Any) -> list[mx.array]:
-        return decompose(*qkv, *rest, **static)
-
-    return mx.vjp(of_qkv, [q, k, v], [cotangent])[1]
-
-
 attention = Primitive(
     "scaled_dot_product_attention",
     decomposition=decompose,
@@ -505,7 +423,7 @@ attention = Primitive(
 )
 attention_vjp = Primitive(
     "scaled_dot_product_attention_vjp",
-    decomposition=_decomposed_vjp,
+    decomposition=decompose_vjp,
     lowering=_fused_vjp,
     batch=_batch_vjp,
 )

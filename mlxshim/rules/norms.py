@@ -29,6 +29,7 @@ from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from . import _devices
+from ._constants import constant
 
 # The calls -------------------------------------------------------------------------------------
 
@@ -75,6 +76,24 @@ def _fused(x: mx.array, *affine: mx.array, name: str, weighted: bool, eps: float
         return [original(mx.fast, name)(x, weight, eps)]
     bias = affine[-1] if len(affine) > weighted else None
     return [original(mx.fast, name)(x, weight, bias, eps)]
+
+
+def _plain_vjp(*arrays: mx.array, name: str, weighted: bool, eps: float) -> list[mx.array]:
+    """The backward pass of n(x) * weight: what a trace holds, where MLX's own would be derived."""
+    x, *weight, cotangent = arrays
+    dtype = x.dtype
+    if dtype.size < 4:
+        x, cotangent = x.astype(mx.float32), cotangent.astype(mx.float32)
+    if name == "layer_norm":
+        x = x - mx.mean(x, axis=-1, keepdims=True)
+    inverse = mx.rsqrt(mx.mean(x * x, axis=-1, keepdims=True) + constant(eps, x.dtype))
+    n = x * inverse
+    c = cotangent * weight[0] if weighted else cotangent
+    dx = c - n * mx.mean(c * n, axis=-1, keepdims=True)
+    if name == "layer_norm":
+        dx = dx - mx.mean(c, axis=-1, keepdims=True)
+    dx = (dx * inverse).astype(dtype)
+    return [dx, _sum_of_rows(cotangent * n, 0).astype(dtype)] if weighted else [dx]
 
 
 def _fused_vjp(*arrays: mx.array, **form: Any) -> list[mx.array]:
@@ -153,6 +172,7 @@ def _sum_of_rows(x: mx.array, first: int) -> mx.array:
 
 
 # The value in a trace is MLX's own node: its transforms are right, if slow, and in a trace it is
-# transformed and thrown away. One call builds it, where plain operations would be eight.
+# transformed and thrown away. One call builds it, where plain operations would be eight. Its own
+# backward pass MLX would have to derive from those eight; ours is written out.
 norm = Primitive("norm", decomposition=_fused, lowering=_fused, batch=_batch, vjp=_vjp)
-norm_vjp = Primitive("norm_vjp", decomposition=_fused_vjp, lowering=_fused_vjp, batch=_batch_vjp)
+norm_vjp = Primitive("norm_vjp", decomposition=_plain_vjp, lowering=_fused_vjp, batch=_batch_vjp)

@@ -13,6 +13,7 @@ from typing_extensions import ParamSpec
 from ..core.errors import NoBatchingRule, PerformanceWarning
 from ..core.interception import intercepted
 from ..core.levels import VmapLevel, at_vmap
+from ..core.plans import Plans
 from ._mapping import Inputs, MappedOutputError, Outputs, check_spec
 
 P = ParamSpec("P")
@@ -77,6 +78,8 @@ def vmap(
     check_spec(out_axes, "out_axes")
     _check_options(axis_name, axis_size, randomness, chunk_size, fallback)
 
+    plans = Plans()
+
     @functools.wraps(fun, updated=())
     @intercepted
     def mapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -86,7 +89,8 @@ def vmap(
             if size >= 0 and axis_size in (None, size):
                 # Every argument is a mapped array: the trace is ours to keep short.
                 outputs = Outputs(out_axes, axis_name is not None)
-                body = at_vmap(VmapLevel(axis_name, size, randomness), fun)
+                plan = plans.of(args[0].shape)  # pyright: ignore
+                body = at_vmap(VmapLevel(axis_name, size, randomness, plan), fun)
                 try:
                     results = mx.vmap(
                         lambda *xs: outputs.take(body(xs[0], *xs)), in_axes, outputs.axes
@@ -103,7 +107,8 @@ def vmap(
             size = min(chunk, inputs.size - start)
             arrays = inputs.arrays if size == inputs.size else inputs.part(start, start + size)
             if not loop:
-                level = VmapLevel(axis_name, size, randomness)
+                plan = plans.of((arrays[0].shape, len(arrays)))
+                level = VmapLevel(axis_name, size, randomness, plan)
                 try:
                     parts.append(_batched(fun, inputs, arrays, outputs, level))
                 except Exception as e:
