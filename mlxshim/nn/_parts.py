@@ -1,0 +1,197 @@
+"""What is made of the parts that a run wrote down: gradients, their norms, weighted sums.
+
+For samples b with rows t, and parts (x, c) or (ids, c) of one parameter W:
+
+    gradient of b       sum_t c[b,t] x[b,t]^T                                 a product per sample
+    its squared norm    sum_ts (x[b,t] . x[b,s]) (c[b,t] . c[b,s])            without the gradient
+    weighted sum        sum_bt w[b] c[b,t] x[b,t]^T                           one product for all
+
+The second line (Goodfellow 2015 for one row; Li et al. 2022, "Large language models can be strong
+differentially private learners", for several) needs rows^2 numbers where the gradient has
+inputs * outputs; whichever takes fewer multiplications is taken, a few samples at a time. Parts of
+one parameter (a layer called several times, tied weights) are rows of one sum, so the cross terms
+are in it. The third line uses the parts again: one backward pass gives both norms and weighted sum
+(book-keeping: Bu et al. 2023, "Differentially private optimization on large model at small cost").
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import mlx.core as mx
+
+from ._tape import Pair, Parameter
+
+#: Bytes of per-sample gradients that a norm may hold at a time.
+HELD = 512 * 2**20
+
+_HALF = (mx.float16, mx.bfloat16)
+
+
+class Run:
+    """The losses of some samples, and the parts of the gradients of their parameters."""
+
+    def __init__(self, results: Any, parameters: list[Parameter], size: int) -> None:
+        self.results, self.parameters, self.size = results, parameters, size
+
+    def gradients(self) -> list[mx.array]:
+        """For each parameter, those of all samples: (samples, *shape)."""
+        if not self.size:
+            return [mx.zeros((0, *p.value.shape), p.value.dtype) for p in self.parameters]
+        return [gradient(p, slice(0, self.size)) for p in self.parameters]
+
+    def squared_norms(self) -> list[mx.array]:
+        """For each parameter, of each sample: (samples,), float32."""
+        if not self.size:
+            return [mx.zeros((0,)) for _ in self.parameters]
+        return [squared_norm(p, self.size) for p in self.parameters]
+
+    def weighted_sums(self, weights: list[mx.array]) -> list[mx.array]:
+        """For each parameter, the sum over samples, each times its weight; `weights` are
+        (samples,), one for each parameter."""
+        if not self.size:
+            return [mx.zeros_like(p.value) for p in self.parameters]
+        return [weighted_sum(p, w) for p, w in zip(self.parameters, weights)]
+
+
+# Gradients -------------------------------------------------------------------------------------
+
+
+def gradient(parameter: Parameter, samples: slice) -> mx.array:
+    """(samples, *shape), in the parameter's dtype."""
+    value = parameter.value
+    size = samples.stop - samples.start
+    total: mx.array | None = None
+    if parameter.direct is not None:
+        total = _part(parameter.direct, samples, parameter)
+    for x, c in parameter.products:
+        x, c = _part(x, samples, parameter), _part(c, samples, parameter)
+        # The dtype that the layer computed in, as a batch's gradient.
+        part = mx.matmul(mx.swapaxes(c, 1, 2), x.astype(c.dtype)).astype(value.dtype)
+        total = part if total is None else total + part
+    for ids, c in parameter.lookups:
+        if total is None:
+            total = mx.zeros((size, *value.shape), value.dtype)
+        ids, c = _part(ids, samples, parameter), _part(c, samples, parameter)
+        total = total.at[mx.arange(size)[:, None], ids].add(c.astype(value.dtype))
+    return mx.zeros((size, *value.shape), value.dtype) if total is None else total
+
+
+def _part(x: mx.array, samples: slice, parameter: Parameter) -> mx.array:
+    whole = samples.start == 0 and samples.stop == parameter.tape.size
+    return x if whole else x[samples]
+
+
+# Norms -----------------------------------------------------------------------------------------
+
+
+def squared_norm(parameter: Parameter, size: int) -> mx.array:
+    if not (parameter.products or parameter.lookups):
+        if parameter.direct is None:
+            return mx.zeros((size,))
+        return _sum_of_squares(parameter.direct)
+    if parameter.direct is None and _prefers_rows(parameter):
+        return _by_rows(parameter)
+    step = max(1, HELD // max(1, parameter.value.nbytes))
+    found = [
+        _sum_of_squares(gradient(parameter, slice(i, min(i + step, size))))
+        for i in range(0, size, step)
+    ]
+    return mx.concatenate(found) if len(found) > 1 else found[0]
+
+
+def _prefers_rows(parameter: Parameter) -> bool:
+    """Whether the sum over pairs of rows takes less work than the gradient."""
+    outputs, inputs = parameter.value.shape[0], parameter.value.size // parameter.value.shape[0]
+    products = sum(x.shape[1] for x, _ in parameter.products)
+    lookups = sum(ids.shape[1] for ids, _ in parameter.lookups)
+    # In half precision the products of rows are computed in float32, at half the speed.
+    half = 2 if parameter.value.dtype in _HALF else 1
+    pairs = half * (
+        products**2 * (inputs + outputs) + lookups**2 * inputs + 2 * products * lookups * inputs
+    )
+    # Each entry is written and read some times besides.
+    return pairs <= (products + 8) * inputs * outputs
+
+
+def _by_rows(parameter: Parameter) -> mx.array:
+    x, c = _joined(parameter.products)
+    ids, e = _joined(parameter.lookups)
+    found: mx.array | None = None
+    if x is not None and c is not None:
+        found = _dot(_gram(x, x), _gram(c, c))
+    if ids is not None and e is not None:
+        same = ids[:, :, None] == ids[:, None, :]
+        term = mx.sum(mx.where(same, _gram(e, e), mx.array(0.0)), axis=(1, 2))
+        found = term if found is None else found + term
+        if x is not None and c is not None:
+            # <c^T x, sum_t onehot(ids[t]) e[t]^T> = sum_st c[s, ids[t]] (x[s] . e[t])
+            chosen = mx.take_along_axis(c, ids[:, None, :].astype(mx.int32), axis=2)
+            found = found + 2 * _dot(chosen.astype(mx.float32), _gram(x, e))
+    assert found is not None
+    return mx.maximum(found, mx.array(0.0))  # rounding can take a sum that is zero below it
+
+
+def _joined(pairs: list[Pair]) -> tuple[mx.array, mx.array] | tuple[None, None]:
+    """Several calls as one, with the rows of all."""
+    if len(pairs) < 2:
+        return pairs[0] if pairs else (None, None)
+    first, second = zip(*pairs)
+    return mx.concatenate(list(first), axis=1), mx.concatenate(list(second), axis=1)
+
+
+def _gram(x: mx.array, y: mx.array) -> mx.array:
+    return mx.matmul(x.astype(mx.float32), mx.swapaxes(y.astype(mx.float32), 1, 2))
+
+
+@functools.partial(mx.compile, shapeless=True)
+def _squared(x: mx.array) -> mx.array:
+    return mx.square(x.astype(mx.float32))
+
+
+def _sum_of_squares(x: mx.array) -> mx.array:
+    return mx.sum(mx.reshape(_squared(x), (x.shape[0], -1)), axis=1)
+
+
+def _dot(x: mx.array, y: mx.array) -> mx.array:
+    return mx.sum(x * y, axis=(1, 2))
+
+
+# Weighted sums ---------------------------------------------------------------------------------
+
+
+def weighted_sum(parameter: Parameter, weights: mx.array) -> mx.array:
+    """(*shape), in the parameter's dtype."""
+    value = parameter.value
+    total: mx.array | None = None
+    if parameter.direct is not None:
+        total = mx.sum(_weigh(parameter.direct, weights), axis=0)
+    for x, c in parameter.products:
+        x = x.astype(c.dtype)
+        if x.shape[-1] <= c.shape[-1]:
+            x = _weigh(x, weights)
+        else:
+            c = _weigh(c, weights)
+        flat, rows = _flat(c), _flat(x)
+        part = mx.matmul(mx.swapaxes(flat, 0, 1), rows).astype(value.dtype)
+        total = part if total is None else total + part
+    for ids, c in parameter.lookups:
+        if total is None:
+            total = mx.zeros_like(value)
+        c = _weigh(c, weights).astype(value.dtype)
+        total = total.at[mx.reshape(ids, (-1,))].add(_flat(c))
+    return mx.zeros_like(value) if total is None else total
+
+
+@functools.partial(mx.compile, shapeless=True)
+def _times(x: mx.array, w: mx.array) -> mx.array:
+    return (x.astype(mx.float32) * w).astype(x.dtype)
+
+
+def _weigh(x: mx.array, weights: mx.array) -> mx.array:
+    return _times(x, mx.reshape(weights, (-1, *(1 for _ in x.shape[1:]))))
+
+
+def _flat(x: mx.array) -> mx.array:
+    return mx.reshape(x, (-1, x.shape[-1]))

@@ -1,0 +1,310 @@
+"""One batched run of a loss, forward and backward, with each parameter's part in it written down.
+
+The loss is mapped over the samples, and the whole is differentiated: grad of vmap, not vmap of
+grad, so that the backward pass is the ordinary one of a batch. Every parameter is mapped as so many
+equal copies of itself (no memory is written), and the cotangent of the copies is its gradient for
+each sample. That is right for whatever a model does with a parameter, but a product with copies of
+a matrix is a product for each sample. Where a layer is known, its call is therefore a node that
+multiplies by the one matrix, all samples in one call, and writes down what the gradient is made of:
+
+    linear         y = x W^T      (x, c): the gradient of a sample is c^T x over its rows
+    lookup         y = W[ids]     (ids, c): row ids[t] of a sample's gradient gets c[t]
+
+with c the cotangent of y. What is not known, or is used another way (`model.embed.weight` read by
+hand, a layer inside a checkpoint), goes by the copies. Both parts together are the gradient.
+
+After Goodfellow, "Efficient per-example gradient computations" (2015).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..core.primitive import Arrays, Axes, Node
+from ..rules._opaque import copies, opaque_node
+from ..transforms.autodiff import vjp
+from . import _state
+
+Pair = tuple[mx.array, mx.array]
+
+
+class Parameter:
+    """One trainable array, and what a run found out about it."""
+
+    def __init__(self, place: _state.Location, index: int, tape: Tape) -> None:
+        self.place, self.index, self.tape = place, index, tape
+        self.value = place.get()
+        #: The samples' copy inside the mapped function: what the module holds meanwhile.
+        self.copy: Any = None
+        #: (x, c) of every call as a linear map: (samples, rows, inputs), (samples, rows, outputs).
+        self.products: list[Pair] = []
+        #: (ids, c) of every lookup: (samples, rows), (samples, rows, width).
+        self.lookups: list[Pair] = []
+        #: The cotangent of the copies, (samples, *shape), if anything used them.
+        self.direct: mx.array | None = None
+
+    def product(self, x: mx.array) -> mx.array:
+        nodes = _nodes(self.tape.depth, self.index)
+        return nodes.product(self.copy, self.copy, x, self.value, self.tape.seed)[0]
+
+    def lookup(self, ids: mx.array) -> mx.array:
+        nodes = _nodes(self.tape.depth, self.index)
+        return nodes.lookup(self.copy, self.copy, ids, self.value, self.tape.seed)[0]
+
+
+class Tape:
+    """The parameters of a model during one run."""
+
+    def __init__(self, places: Sequence[_state.Location], size: int, depth: int) -> None:
+        self.size, self.depth = size, depth
+        self.parameters = [Parameter(place, i, self) for i, place in enumerate(places)]
+        self.seed: Any = None
+        self._of_copy: dict[int, Parameter] = {}
+
+    def hold(self, arrays: Sequence[mx.array]) -> None:
+        """The mapped function runs with these as the parameters."""
+        self._of_copy = {}
+        for parameter, x in zip(self.parameters, arrays):
+            parameter.copy = x
+            self._of_copy[id(x)] = parameter
+
+    def release(self) -> None:
+        self._of_copy = {}
+        for parameter in self.parameters:
+            parameter.copy = None
+
+    def find(self, array: Any) -> Parameter | None:
+        return self._of_copy.get(id(array))
+
+    def run(self, body: Callable[[list[mx.array]], mx.array]) -> None:
+        """`body(copies)` -> losses (samples,), forward and backward."""
+
+        def total(seed: mx.array) -> mx.array:
+            self.seed = seed
+            return body(
+                [_nodes(self.depth, p.index).spread(self)(p.value, seed) for p in self.parameters]
+            )
+
+        with _entered(self):
+            vjp(total, [mx.zeros(())], [mx.ones((self.size,))])
+        self.seed = None
+
+
+# Which tape runs in this thread ----------------------------------------------------------------
+
+
+class _Tapes(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[Tape] = []
+
+
+_tapes = _Tapes()
+
+
+def depth() -> int:
+    return len(_tapes.stack)
+
+
+@contextmanager
+def _entered(tape: Tape) -> Iterator[None]:
+    _tapes.stack.append(tape)
+    try:
+        yield
+    finally:
+        _tapes.stack.pop()
+
+
+def _recorded(depth: int, index: int) -> Parameter | None:
+    """The parameter, unless somebody differentiates what was recorded once more."""
+    stack = _tapes.stack
+    return stack[depth].parameters[index] if len(stack) == depth + 1 else None
+
+
+# The nodes -------------------------------------------------------------------------------------
+#
+# Of each parameter, for all runs: building them costs more than calling them.
+
+
+class _Nodes:
+    def __init__(self, depth: int, index: int) -> None:
+        self.depth, self.index = depth, index
+        self.product = opaque_node(
+            lambda copy, x, weight, seed: [mx.matmul(x, mx.swapaxes(weight, 0, 1))],
+            functools.partial(self._batch, "product"),
+            _product_vjp,
+            _product_jvp,
+        )
+        self.lookup = opaque_node(
+            lambda copy, ids, weight, seed: [mx.take(weight, ids, axis=0)],
+            functools.partial(self._batch, "lookup"),
+            _lookup_vjp,
+            _lookup_jvp,
+        )
+        self._products = Node(lambda x, weight, seed: mx.matmul(x, mx.swapaxes(weight, 0, 1)))
+        self._products.vjp(self._record_product)
+        self._lookups = Node(lambda ids, weight, seed: mx.take(weight, ids, axis=0))
+        self._lookups.vjp(self._record_lookup)
+        self._spread: Any = None
+
+    def _batch(self, kind: str, size: int, arrays: Arrays, axes: Axes) -> list[mx.array]:
+        copy, x, weight, seed = arrays
+        x = copies(x, size) if axes[1] is None else mx.moveaxis(x, axes[1], 0) if axes[1] else x
+        if axes[0] is None:
+            # Another vmap, inside the loss: its axis is one more of rows.
+            node = self.product if kind == "product" else self.lookup
+            return node(copy, copy, x, weight, seed)
+        node: Any = self._products if kind == "product" else self._lookups
+        return [node(x, weight, seed)]
+
+    def _record_product(self, primals: Arrays, cotangent: mx.array, _: Any) -> list[mx.array]:
+        x, weight, seed = primals
+        parameter = _recorded(self.depth, self.index)
+        if parameter is not None:
+            parameter.products.append((_rows(x, 1), _rows(cotangent, 1)))
+        dtype = cotangent.dtype
+        rows, flat = _rows(x, 0).astype(dtype), _rows(cotangent, 0)
+        # The gradient of the weight is for whoever differentiates this once more.
+        return [
+            mx.matmul(cotangent, weight).astype(x.dtype),
+            mx.matmul(mx.swapaxes(flat, 0, 1), rows).astype(weight.dtype),
+            mx.zeros_like(seed),
+        ]
+
+    def _record_lookup(self, primals: Arrays, cotangent: mx.array, _: Any) -> list[mx.array]:
+        ids, weight, seed = primals
+        parameter = _recorded(self.depth, self.index)
+        if parameter is not None:
+            rows = mx.reshape(ids, (ids.shape[0], -1))
+            parameter.lookups.append((rows, _rows(cotangent, 1)))
+        dweight = mx.zeros_like(weight).at[ids].add(cotangent.astype(weight.dtype))
+        return [mx.zeros_like(ids), dweight, mx.zeros_like(seed)]
+
+    def spread(self, tape: Tape) -> Callable[..., mx.array]:
+        def record(primals: Arrays, cotangent: mx.array, _: Any) -> list[mx.array]:
+            parameter = _recorded(self.depth, self.index)
+            if parameter is not None:
+                parameter.direct = cotangent
+            return [mx.sum(cotangent, axis=0), mx.zeros_like(primals[1])]
+
+        node: Any = Node(lambda weight, seed: copies(weight, tape.size))
+        node.vjp(record)
+        return node
+
+
+@functools.lru_cache(maxsize=4096)
+def _nodes(depth: int, index: int) -> _Nodes:
+    return _Nodes(depth, index)
+
+
+def _rows(x: mx.array, leading: int) -> mx.array:
+    """All axes but the first `leading` and the last as one."""
+    return mx.reshape(x, (*x.shape[:leading], -1, x.shape[-1]))
+
+
+# Inside a gradient that is inside the loss, the copy stands for the parameter.
+
+
+def _product_vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> list[mx.array]:
+    copy, x, weight, seed = primals
+    c = cotangents[0]
+    dcopy = mx.matmul(mx.swapaxes(_rows(c, 0), 0, 1), _rows(x, 0).astype(c.dtype))
+    dx = mx.matmul(c, copy)
+    return [
+        dcopy.astype(copy.dtype),
+        dx.astype(x.dtype),
+        mx.zeros_like(weight),
+        mx.zeros_like(seed),
+    ]
+
+
+def _product_jvp(primals: Arrays, tangents: Arrays) -> list[mx.array]:
+    copy, x, *_ = primals
+    dcopy, dx, *_ = tangents
+    return [mx.matmul(dx, mx.swapaxes(copy, 0, 1)) + mx.matmul(x, mx.swapaxes(dcopy, 0, 1))]
+
+
+def _lookup_vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> list[mx.array]:
+    copy, ids, weight, seed = primals
+    dcopy = mx.zeros_like(copy).at[ids].add(cotangents[0].astype(copy.dtype))
+    return [dcopy, mx.zeros_like(ids), mx.zeros_like(weight), mx.zeros_like(seed)]
+
+
+def _lookup_jvp(primals: Arrays, tangents: Arrays) -> list[mx.array]:
+    return [mx.take(tangents[0], primals[1], axis=0)]
+
+
+# The layers ------------------------------------------------------------------------------------
+
+
+def _linear(tape: Tape, layer: Any, x: mx.array) -> mx.array | None:
+    weight = tape.find(layer.get("weight"))
+    if weight is None:
+        return None
+    y = weight.product(x)
+    return y + layer["bias"] if "bias" in layer else y
+
+
+def _embedding(tape: Tape, layer: Any, ids: Any) -> mx.array | None:
+    weight = tape.find(layer.get("weight"))
+    if weight is None or not isinstance(ids, mx.array) or not mx.issubdtype(ids.dtype, mx.integer):
+        return None
+    return weight.lookup(ids)
+
+
+def _as_linear(tape: Tape, layer: Any, x: mx.array) -> mx.array | None:
+    weight = tape.find(layer.get("weight"))
+    return None if weight is None else weight.product(x)
+
+
+_KNOWN: list[tuple[type, str, Callable[[Tape, Any, Any], Any]]] = [
+    (nn.Linear, "__call__", _linear),
+    (nn.Embedding, "__call__", _embedding),
+    (nn.Embedding, "as_linear", _as_linear),
+]
+
+
+@functools.cache
+def _watched_class(cls: type) -> type | None:
+    """A class whose calls are nodes of the tape that runs; None if nothing of `cls` is known."""
+    methods = {
+        name: _watched(getattr(cls, name), call)
+        for base, name, call in _KNOWN
+        if issubclass(cls, base) and getattr(cls, name) is getattr(base, name)
+    }
+    if not methods:
+        return None
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), {**names, **methods})
+
+
+def _watched(original: Any, call: Callable[[Tape, Any, Any], Any]) -> Any:
+    @functools.wraps(original)
+    def method(self: Any, x: Any) -> Any:
+        stack = _tapes.stack
+        y = call(stack[-1], self, x) if stack else None
+        return original(self, x) if y is None else y
+
+    return method
+
+
+@contextmanager
+def watched(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """The calls of these layers go to the tape that runs."""
+    classes = [(module, type(module), _watched_class(type(module))) for module in modules]
+    changed = [(module, cls, new) for module, cls, new in classes if new is not None]
+    done = 0
+    try:
+        for module, _, new in changed:
+            module.__class__ = new
+            done += 1
+        yield
+    finally:
+        for module, cls, _ in changed[:done]:
+            module.__class__ = cls
