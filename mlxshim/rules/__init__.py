@@ -4,6 +4,7 @@ from ..core.versions import MLX
 from . import attention as attention
 from . import axes as axes
 from . import control as control
+from . import convolution as convolution
 from . import elementwise as elementwise
 from . import experts as experts
 from . import linalg as linalg

@@ -84,7 +84,4 @@ PENDING: set[str] = {
     *("roll", "searchsorted", "slice", "slice_update", "sort", "take", "take_along_axis"),
     *("tile", "topk", "array.__setitem__", "array.at.add", "array.at.subtract"),
     *("array.at.multiply", "array.at.divide", "array.at.maximum", "array.at.minimum"),
-    # convolution
-    *("conv1d", "conv2d", "conv3d", "conv_general", "conv_transpose1d", "conv_transpose2d"),
-    *("conv_transpose3d", "convolve"),
 }
