@@ -2,9 +2,10 @@
 
     python -m benchmarks.operations [--json FILE] [--only NAME,...]
 
-Norms and rope at (16, 2048, 4096), matmuls by quantized weights, and the gradient of attention at
-a ragged length against the next multiple of 128; bfloat16 on a GPU, smaller on a CPU. Times and
-memory as in `benchmarks.attention`.
+Norms and rope at (16, 2048, 4096), matmuls by quantized weights, the gradient of attention at a
+ragged length against the next multiple of 128, and convolutions with a weight, or a gradient of it,
+for each sample; bfloat16 on a GPU, smaller on a CPU. Times and memory as in `benchmarks.attention`.
+By hand, what MLX has no batched call for is a loop.
 """
 
 from __future__ import annotations
@@ -87,6 +88,40 @@ def experts(x: mx.array, w: mx.array, s: mx.array, b: mx.array) -> mx.array:
     return mx.gather_qmm(x[..., None, :], w, s, b, rhs_indices=chosen, transpose=True)
 
 
+def looped(
+    fun: Callable[..., mx.array], axes: tuple[int | None, int | None], gradient: bool = False
+) -> Contenders:
+    """`fun` of a sample's images and a weight, or its gradient for the weight, and a loop."""
+    samples, size, channels = (64, 32, 64) if GPU else (16, 16, 32)
+    x, shape = normal(samples, 1, size, size, channels), (channels, 3, 3, channels)
+    w = normal(*shape) if axes[1] is None else normal(samples, *shape)
+
+    def of(transforms: Any) -> Callable[..., mx.array]:
+        if not gradient:
+            return fun
+        return transforms.grad(lambda x, w: fun(x, w).square().sum(), argnums=1)
+
+    def loop() -> mx.array:
+        one = of(mx)
+        return mx.stack([one(x[i], w if axes[1] is None else w[i]) for i in range(samples)])
+
+    mine, native = (t.vmap(of(t), in_axes=axes) for t in (mlxshim, mx))
+    return {
+        "by hand": loop,
+        "mlxshim": functools.partial(mine, x, w),
+        "mlxshim, compiled": functools.partial(mx.compile(mine), x, w),
+        "mx.vmap": functools.partial(native, x, w),
+    }
+
+
+def convolved(x: mx.array, w: mx.array) -> mx.array:
+    return mx.conv2d(x, w, padding=1)
+
+
+def strided(x: mx.array, w: mx.array) -> mx.array:
+    return mx.conv2d(x, w, stride=2, padding=1)
+
+
 def ragged(length: int) -> Contenders:
     """The gradient of one attention call for a batch of N sequences."""
     arrays = [normal(N, h, length, 128) for h in (32, 8, 8, 32)]
@@ -125,6 +160,11 @@ def sections() -> dict[str, Callable[[], Contenders]]:
         "quantized_matmul": lambda: both(quantized, rows(), *packed(D, D)),
         "quantized_matmul, grad": lambda: gradients(quantized, rows(), *packed(D, D)),
         "gather_qmm": lambda: both(experts, rows(), *packed(8, D // 4, D)),
+        "conv2d": lambda: looped(convolved, (0, None)),
+        "conv2d, own weights": lambda: looped(convolved, (0, 0)),
+        "conv2d, grad": lambda: looped(convolved, (0, None), True),
+        "conv2d, own weights, grad": lambda: looped(convolved, (0, 0), True),
+        "conv2d, strided, grad": lambda: looped(strided, (0, 0), True),
         f"attention, grad, L={length}": lambda: ragged(length),
         f"attention, grad, L={tile}": lambda: ragged(tile),
     }

@@ -206,12 +206,15 @@ def _with_zeros_between(x: mx.array, dilation: Sizes) -> mx.array:
 
 
 def _gathered_patches(x: mx.array, form: Form) -> mx.array:
-    """The same of operations that MLX can map."""
-    x = mx.pad(x, [(0, 0), (0, 0), *((0, 1) for _ in form.sizes), (0, 0)])
-    for axis in range(len(form.sizes)):
-        # Those behind it have grown by a dimension each.
-        x = mx.take(x, _places(form, axis), axis=2 + 2 * axis)
+    """The same of operations that MLX can map, 0.31's pad not among them."""
     n = len(form.sizes)
+    for axis in range(n):
+        # Those before it have grown by a dimension each.
+        places, inside, whole = _places(form, axis)
+        x = mx.take(x, places, axis=2 + 2 * axis)
+        if not whole:
+            inside = mx.reshape(inside, (*places.shape, *(1,) * (x.ndim - 4 - 2 * axis)))
+            x = mx.where(inside, x, mx.array(0, x.dtype))
     x = mx.unflatten(x, -1, (form.groups, -1))
     outputs, kernel = range(2, 2 + 2 * n, 2), range(3, 2 + 2 * n, 2)
     x = mx.transpose(x, (0, 2 + 2 * n, 1, *outputs, *kernel, 3 + 2 * n))
@@ -219,16 +222,19 @@ def _gathered_patches(x: mx.array, form: Form) -> mx.array:
 
 
 @functools.lru_cache(maxsize=64)
-def _places(form: Form, axis: int) -> mx.array:
-    """(outputs, kernel): where on the axis the input lies; its end is a zero."""
+def _places(form: Form, axis: int) -> tuple[mx.array, mx.array, bool]:
+    """(outputs, kernel): where on the axis the input lies, whether inside, and whether all do."""
     size, step = form.sizes[axis], form.input_dilation[axis]
-
-    def place(output: int, tap: int) -> int:
-        at = output * form.stride[axis] + tap * form.dilation[axis] - form.low[axis]
-        return at // step if at % step == 0 and 0 <= at < size * step else size
-
-    taps = range(form.kernel[axis])
-    return mx.array([[place(j, t) for t in taps] for j in range(form.outputs()[axis])])
+    places = [
+        [
+            j * form.stride[axis] + t * form.dilation[axis] - form.low[axis]
+            for t in range(form.kernel[axis])
+        ]
+        for j in range(form.outputs()[axis])
+    ]
+    inside = [[p % step == 0 and 0 <= p < size * step for p in row] for row in places]
+    clipped = [[min(max(p // step, 0), size - 1) for p in row] for row in places]
+    return mx.array(clipped), mx.array(inside), all(map(all, inside))
 
 
 def _as_matrices(patches: mx.array, form: Form) -> mx.array:
