@@ -10,9 +10,8 @@ from .core.errors import NoBatchingRule as NoBatchingRule
 from .core.errors import PerformanceWarning as PerformanceWarning
 from .extend import primitive as primitive
 from .transforms.autodiff import grad as grad
-from .transforms.autodiff import jvp as jvp
+from .transforms.autodiff import grad_and_value as grad_and_value
 from .transforms.autodiff import value_and_grad as value_and_grad
-from .transforms.autodiff import vjp as vjp
 from .transforms.collectives import all_gather as all_gather
 from .transforms.collectives import axis_index as axis_index
 from .transforms.collectives import axis_size as axis_size
@@ -22,6 +21,10 @@ from .transforms.collectives import pmin as pmin
 from .transforms.collectives import ppermute as ppermute
 from .transforms.collectives import psum as psum
 from .transforms.collectives import psum_scatter as psum_scatter
+from .transforms.linear import jvp as jvp
+from .transforms.linear import linear_transpose as linear_transpose
+from .transforms.linear import linearize as linearize
+from .transforms.linear import vjp as vjp
 from .transforms.vmap import vmap as vmap
 
 __version__ = "0.1.0"
@@ -32,7 +35,10 @@ __all__ = [
     "axis_index",
     "axis_size",
     "grad",
+    "grad_and_value",
     "jvp",
+    "linear_transpose",
+    "linearize",
     "pmax",
     "pmean",
     "pmin",

@@ -9,3 +9,7 @@ class PerformanceWarning(UserWarning):
 
 class NoBatchingRule(NotImplementedError):
     """An operation that cannot be batched here. `vmap` answers it with a loop over samples."""
+
+
+class ArgumentError(ValueError, TypeError):
+    """A call that means nothing. MLX raises ValueError where JAX raises TypeError: this is both."""

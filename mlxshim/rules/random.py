@@ -21,7 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..core import levels
+from ..core import levels, replay
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Node
 from ._opaque import Opaque
@@ -48,7 +48,7 @@ def _own_draws(name: str, position: int) -> Callable[..., Any]:
     def draw(*args: Any, **kwargs: Any) -> Any:
         raw = original(mx.random, name)
         vmaps = levels.vmaps()
-        if not vmaps:
+        if not vmaps and replay.chain() is None:
             return raw(*args, **kwargs)
         if len(args) > position:
             if args[position] is None:
@@ -157,6 +157,10 @@ def seed(*args: Any, **kwargs: Any) -> None:
     for level in levels.vmaps():
         if level.randomness == "different":
             level.randomness = "same"
+    chain = replay.chain()
+    if chain is not None:
+        chain[0] = mx.random.key(*args, **kwargs)
+        return
     original(mx.random, "seed")(*args, **kwargs)
 
 
@@ -181,6 +185,10 @@ def _key_for_each(name: str, vmaps: list[levels.VmapLevel]) -> mx.array:
 
 def _next_key() -> mx.array:
     """The key that the next draw of MLX's would use, and the global state moved on past it."""
+    chain = replay.chain()
+    if chain is not None:
+        chain[0], key = mx.random.split(chain[0])
+        return key
     state: mx.array = mx.random.state[0]  # pyright: ignore
     original(mx.random, "permutation")(1)  # the cheapest draw: only a draw moves the state
     return mx.random.split(state)[1]

@@ -1,43 +1,95 @@
-"""grad, value_and_grad, vjp, jvp: MLX's derivatives, with every rule taking part."""
+"""grad, value_and_grad, grad_and_value: the gradient of a scalar function.
+
+MLX's `value_and_grad` gives whatever a function returns besides the value a derivative of zero
+further out: here it keeps its own.
+
+Source: mlx/transforms.cpp (`value_and_grad`), python/src/transforms.cpp; `argnums` tuples,
+`has_aux`, `holomorphic` and `allow_int` after `jax.grad`.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import mlx.core as mx
+from typing_extensions import ParamSpec
 
+from ..core import trees
+from ..core.errors import ArgumentError
 from ..core.interception import intercepted
 from ..core.levels import at_level
+from ._products import conjugate as conjugated
+from ._products import pair
+from ._structure import REAL, Parts, as_array, describe, name_of, parameter, plain
 
+P = ParamSpec("P")
+R = TypeVar("R")
+A = TypeVar("A")
 Argnums = int | Sequence[int] | None
+Argnames = str | Sequence[str]
 
 
+@overload
+def value_and_grad(
+    fun: Callable[P, tuple[R, A]],
+    argnums: Argnums = None,
+    argnames: Argnames = (),
+    *,
+    has_aux: Literal[True],
+    holomorphic: bool = False,
+    allow_int: bool = False,
+    conjugate: bool | None = None,
+) -> Callable[P, tuple[tuple[R, A], Any]]: ...
+@overload
+def value_and_grad(
+    fun: Callable[P, R],
+    argnums: Argnums = None,
+    argnames: Argnames | bool = (),
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+    *,
+    conjugate: bool | None = None,
+) -> Callable[P, tuple[R, Any]]: ...
 def value_and_grad(
     fun: Callable[..., Any],
     argnums: Argnums = None,
-    argnames: str | Sequence[str] = (),
+    argnames: Argnames | bool = (),
     has_aux: bool = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+    *,
+    conjugate: bool | None = None,
 ) -> Callable[..., tuple[Any, Any]]:
     """The value of a scalar function and its gradient.
 
     Args:
-        fun: Returns a scalar array, or a tuple that begins with one.
+        fun: Returns a scalar array, or a tuple that begins with one, as MLX has it.
         argnums: Which positional arguments to differentiate with respect to: an int, or several.
             Default: the first, unless `argnames` is given. A tuple is answered by a tuple of
             gradients in its own order, as in JAX; a list as MLX does (one gradient for a list of
             one). Negative numbers count from the last argument.
         argnames: Which keyword arguments: a name, or several.
-        has_aux: Insist that `fun` returns a pair (value, anything).
+        has_aux: Insist that `fun` returns a pair (value, anything). (JAX has it in third place:
+            a bool there is understood.)
+        holomorphic: `fun` is a holomorphic function of complex arguments, with a complex value:
+            the gradient is df/dz.
+        allow_int: Integer arguments get zeros, where JAX has float0, and are not refused.
+        conjugate: For a real function of a complex argument z = x + iy: True for the gradient
+            df/dx + i df/dy of MLX and PyTorch, False for the df/dx - i df/dy of JAX. As they
+            differ, None refuses complex arguments.
 
     Returns:
         A function with `fun`'s arguments that returns (what `fun` returned, gradients); each
-        gradient has the shape and dtype of its argument. With `argnames` the gradients are
+        gradient is a tree like its argument, with the shapes and dtypes of its arrays. (In an
+        `nn.Module`, None stands for what has no gradient.) With `argnames` the gradients are
         (positional gradients, dict by name), as MLX's.
 
     Raises:
-        ValueError: no scalar value, an argument number out of range or named twice.
+        ArgumentError: no scalar value, an argument that has no derivative, an argument number out
+            of range or named twice. (It is a ValueError, as MLX's, and a TypeError, as JAX's.)
 
     Example:
         >>> import mlx.core as mx
@@ -45,29 +97,47 @@ def value_and_grad(
         >>> value_and_grad(lambda x, y: (x * y).sum(), argnums=(1, 0))(mx.array(3.0), mx.array(4.0))
         (array(12, dtype=float32), (array(3, dtype=float32), array(4, dtype=float32)))
 
-    Source: mlx/transforms.cpp, `value_and_grad`; tuples of argnums and has_aux after JAX.
+    Source: mlx/transforms.cpp, `value_and_grad`; `jax.value_and_grad`.
     """
-    body = at_level("grad", _with_aux(fun) if has_aux else fun)
-    if _is_mlx_form(argnums):
-        return functools.wraps(fun, updated=())(
-            intercepted(mx.value_and_grad(body, argnums, argnames))
-        )
-
-    @functools.wraps(fun, updated=())
-    @intercepted
-    def differentiated(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        numbers, restore = _resolve(argnums, len(args))
-        value, grads = mx.value_and_grad(body, numbers, argnames)(*args, **kwargs)
-        return value, restore(grads)
-
-    return differentiated
+    if isinstance(argnames, bool):
+        argnames, has_aux = (), argnames or has_aux
+    g = _Gradient(
+        "value_and_grad", fun, argnums, argnames, has_aux, holomorphic, allow_int, conjugate
+    )
+    return functools.wraps(fun, updated=())(intercepted(g.value_and_grad))
 
 
+@overload
+def grad(
+    fun: Callable[P, tuple[Any, A]],
+    argnums: Argnums = None,
+    argnames: Argnames = (),
+    *,
+    has_aux: Literal[True],
+    holomorphic: bool = False,
+    allow_int: bool = False,
+    conjugate: bool | None = None,
+) -> Callable[P, tuple[Any, A]]: ...
+@overload
+def grad(
+    fun: Callable[P, Any],
+    argnums: Argnums = None,
+    argnames: Argnames | bool = (),
+    has_aux: bool = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+    *,
+    conjugate: bool | None = None,
+) -> Callable[P, Any]: ...
 def grad(
     fun: Callable[..., Any],
     argnums: Argnums = None,
-    argnames: str | Sequence[str] = (),
+    argnames: Argnames | bool = (),
     has_aux: bool = False,
+    holomorphic: bool = False,
+    allow_int: bool = False,
+    *,
+    conjugate: bool | None = None,
 ) -> Callable[..., Any]:
     """The gradient of a scalar function; arguments as those of `value_and_grad`.
 
@@ -76,132 +146,290 @@ def grad(
         (gradients, aux) for a `fun` that returns (value, aux).
 
     Raises:
-        ValueError: `fun` returns no scalar array, or without `has_aux` more than that.
+        ArgumentError: `fun` returns no scalar array, or without `has_aux` more than that; and as
+            `value_and_grad`.
 
     Example:
         >>> import mlx.core as mx
         >>> from mlxshim import grad
         >>> grad(lambda x: x**3)(mx.array(2.0))
         array(12, dtype=float32)
+
+    Source: mlx/transforms.cpp, `value_and_grad`; `jax.grad`, `torch.func.grad`.
     """
-    body = at_level("grad", _with_aux(fun) if has_aux else fun)
-    if _is_mlx_form(argnums) and not has_aux:
-        return functools.wraps(fun, updated=())(intercepted(mx.grad(body, argnums, argnames)))
+    if isinstance(argnames, bool):
+        argnames, has_aux = (), argnames or has_aux
+    g = _Gradient("grad", fun, argnums, argnames, has_aux, holomorphic, allow_int, conjugate)
+    return functools.wraps(fun, updated=())(intercepted(g.quick() or g.grad))
+
+
+@overload
+def grad_and_value(
+    fun: Callable[P, tuple[R, A]],
+    argnums: Argnums = None,
+    has_aux: Literal[True] = ...,
+    *,
+    argnames: Argnames = (),
+    conjugate: bool | None = None,
+) -> Callable[P, tuple[Any, tuple[R, A]]]: ...
+@overload
+def grad_and_value(
+    fun: Callable[P, R],
+    argnums: Argnums = None,
+    has_aux: bool = False,
+    *,
+    argnames: Argnames = (),
+    conjugate: bool | None = None,
+) -> Callable[P, tuple[Any, R]]: ...
+def grad_and_value(
+    fun: Callable[..., Any],
+    argnums: Argnums = None,
+    has_aux: bool = False,
+    *,
+    argnames: Argnames = (),
+    conjugate: bool | None = None,
+) -> Callable[..., tuple[Any, Any]]:
+    """`value_and_grad` with its two results in the order of `torch.func.grad_and_value`.
+
+    Returns:
+        A function with `fun`'s arguments that returns (gradients, value), and with `has_aux`
+        (gradients, (value, aux)).
+
+    Raises:
+        ArgumentError: as `value_and_grad`.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> from mlxshim import grad_and_value
+        >>> grad_and_value(lambda x: x**3)(mx.array(2.0))
+        (array(12, dtype=float32), array(8, dtype=float32))
+
+    Source: `torch.func.grad_and_value`.
+    """
+    g = _Gradient("grad_and_value", fun, argnums, argnames, has_aux, False, False, conjugate)
 
     @functools.wraps(fun, updated=())
     @intercepted
-    def differentiated(*args: Any, **kwargs: Any) -> Any:
-        numbers, restore = _resolve(argnums, len(args))
-        if not has_aux:
-            return restore(mx.grad(body, numbers, argnames)(*args, **kwargs))
-        (_, aux), grads = mx.value_and_grad(body, numbers, argnames)(*args, **kwargs)
-        return restore(grads), aux
+    def differentiated(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        value, grads = g.value_and_grad(*args, **kwargs)
+        return grads, value
 
     return differentiated
 
 
-@intercepted
-def vjp(
-    fun: Callable[..., Any], primals: Sequence[mx.array], cotangents: Sequence[mx.array]
-) -> tuple[list[mx.array], list[mx.array]]:
-    """The vector-Jacobian product, in MLX's form.
+class _Gradient:
+    """The options of one gradient, and the calls of it."""
 
-    Args:
-        fun: A function of as many arrays as there are primals, returning one or several arrays.
-        primals: Where to differentiate.
-        cotangents: One for each output, of its shape.
+    def __init__(
+        self,
+        tag: str,
+        fun: Callable[..., Any],
+        argnums: Argnums,
+        argnames: Argnames,
+        has_aux: bool,
+        holomorphic: bool,
+        allow_int: bool,
+        conjugate: bool | None,
+    ) -> None:
+        if not callable(fun):
+            raise ArgumentError(f"[{tag}] fun must be callable, found {describe(fun)}.")
+        self.names = (argnames,) if isinstance(argnames, str) else tuple(argnames)
+        self.argnums = 0 if argnums is None and not self.names else argnums
+        check_argnums(self.argnums, tag)
+        self.tag, self.fun, self.has_aux = tag, fun, has_aux
+        self.holomorphic, self.allow_int, self.conjugate = holomorphic, allow_int, conjugate
 
-    Returns:
-        (outputs, one gradient for each primal).
+    def quick(self) -> Callable[..., Any] | None:
+        """`grad` in the one case that is asked for most: one real argument and no more options."""
+        n, fun = self.argnums, self.fun
+        if type(n) is not int or n < 0 or self.names or self.has_aux or self.holomorphic:
+            return None
 
-    Raises:
-        ValueError: as `mx.vjp`, when numbers or shapes do not match.
+        def scalar(*args: Any, **kwargs: Any) -> mx.array:
+            y = fun(*args, **kwargs)
+            if type(y) is mx.array and y.ndim == 0 and y.dtype in REAL:
+                return y
+            return self._scalar(y)
 
-    Example:
-        >>> import mlx.core as mx
-        >>> from mlxshim import vjp
-        >>> vjp(lambda x: 2 * x, [mx.array(1.0)], [mx.array(10.0)])
-        ([array(2, dtype=float32)], [array(20, dtype=float32)])
-    """
-    return mx.vjp(at_level("grad", fun), primals, cotangents)  # pyright: ignore
+        native = mx.grad(at_level("grad", scalar), n)
+
+        def quick(*args: Any, **kwargs: Any) -> Any:
+            if n < len(args):
+                x = args[n]
+                if (type(x) is mx.array and x.dtype in REAL) or plain(x):
+                    return native(*args, **kwargs)
+            return self.grad(*args, **kwargs)
+
+        return quick
+
+    def grad(self, *args: Any, **kwargs: Any) -> Any:
+        value, grads = self.value_and_grad(*args, **kwargs)
+        if self.has_aux:
+            return grads, value[1]
+        if isinstance(value, tuple):
+            raise ArgumentError(
+                f"[{self.tag}] The function must return a scalar array, found {describe(value)}: "
+                "with has_aux=True it may return a pair (value, aux)."
+            )
+        return grads
+
+    def value_and_grad(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        numbers = self._numbers(len(args))
+        for name in self.names:
+            if name not in kwargs:
+                raise ArgumentError(
+                    f"[{self.tag}] argnames has {name!r}, but the call has no keyword argument of "
+                    f"that name: it has {list(kwargs)}."
+                )
+        results: list[Any] = []
+        chosen = [args[n] for n in numbers], {name: kwargs[name] for name in self.names}
+        if not self.holomorphic and plain(chosen[0]) and plain(chosen[1]):
+
+            def body(*args: Any, **kwargs: Any) -> mx.array:
+                return self._value(self.fun(*args, **kwargs), results)
+
+            # MLX wants ascending numbers, and has one gradient for one number.
+            ordered = sorted(numbers)
+            names = [*self.names]
+            grads: Any = mx.grad(at_level("grad", body), ordered, names)(*args, **kwargs)
+            positional, named = grads if names else (grads, {})
+            positional = (positional,) if len(ordered) == 1 else positional
+            found = tuple(positional[ordered.index(n)] for n in numbers)
+            return results[0], self._answer(found, named)
+
+        parts = Parts(chosen, self._namer(numbers))
+        self._check(parts)
+
+        def of_arrays(arrays: list[mx.array]) -> mx.array:
+            positional, named = parts.fill(arrays)
+            full = list(args)
+            for n, x in zip(numbers, positional):
+                full[n] = x
+            return self._value(self.fun(*full, **{**kwargs, **named}), results)
+
+        if parts.arrays:
+            grads = mx.grad(at_level("grad", of_arrays))(parts.arrays)
+            if self.holomorphic or self.conjugate is False:
+                grads = [conjugated(g) for g in grads]
+        else:
+            of_arrays([])
+            grads = []
+        positional, named = parts.derivatives(grads)
+        return results[0], self._answer(tuple(positional), named)
+
+    def _answer(self, positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        argnums: Any = self.argnums
+        grads: Any = positional
+        if argnums is None:
+            grads = None
+        elif isinstance(argnums, int) or (type(argnums) is not tuple and len(argnums) == 1):
+            grads = positional[0]
+        return (grads, named) if self.names else grads
+
+    def _numbers(self, count: int) -> list[int]:
+        if self.argnums is None:
+            return []
+        numbers = positions(self.argnums, count, self.tag)
+        # MLX answers a list in the order of the arguments.
+        return sorted(numbers) if isinstance(self.argnums, list) else numbers
+
+    def _namer(self, numbers: Sequence[int]) -> Callable[[trees.Path], str]:
+        def name(path: trees.Path) -> str:
+            kind, which, *keys = path
+            which = which if kind else parameter(self.fun, numbers[which])
+            return f"[{self.tag}] Argument {which}" + "".join(f"[{key!r}]" for key in keys)
+
+        return name
+
+    def _check(self, parts: Parts) -> None:
+        if parts.integers and not self.allow_int:
+            path, x = parts.first(lambda x: x.dtype not in REAL and x.dtype != mx.complex64)  # pyright: ignore
+            raise ArgumentError(
+                f"{parts.what(path)} is {name_of(x.dtype)}, which has no derivative: make it a "
+                "floating array, leave it out of argnums, or get zeros with allow_int=True."
+            )
+        if self.holomorphic:
+            found = parts.first(lambda x: x.dtype != mx.complex64)
+            if found is not None:
+                raise ArgumentError(
+                    f"{parts.what(found[0])} is {name_of(found[1].dtype)}: with holomorphic=True "
+                    "it must be complex."
+                )
+        elif parts.complex and self.conjugate is None:
+            path, x = parts.first(lambda x: x.dtype == mx.complex64)  # pyright: ignore
+            raise ArgumentError(
+                f"{parts.what(path)} is complex64. MLX's gradient of a real function with respect "
+                "to x + iy is df/dx + i df/dy, and JAX's df/dx - i df/dy: choose conjugate=True "
+                "for MLX's or conjugate=False for JAX's. Of a holomorphic function, "
+                "holomorphic=True gives the derivative."
+            )
+
+    def _value(self, result: Any, results: list[Any]) -> mx.array:
+        """The scalar to differentiate; what the function returned is kept in `results`."""
+        if self.has_aux:
+            value, aux = pair(result, self.tag)
+            scalar = self._scalar(value)
+            results.append((scalar, aux))
+        elif type(result) is tuple and result:
+            scalar = self._scalar(result[0])
+            results.append((scalar, *result[1:]))
+        else:
+            scalar = self._scalar(result)
+            results.append(scalar)
+        return scalar
+
+    def _scalar(self, value: Any) -> mx.array:
+        y = as_array(value)
+        if y is None:
+            hint = (
+                " With has_aux=True it may return a pair (value, aux)."
+                if isinstance(value, (tuple, list)) and not self.has_aux
+                else ""
+            )
+            raise ArgumentError(
+                f"[{self.tag}] The function must return a scalar array, found {describe(value)}."
+                + hint
+            )
+        if y.ndim:
+            raise ArgumentError(
+                f"[{self.tag}] The function must return a scalar, but its value has shape "
+                f"{tuple(y.shape)}: sum it, or use jacrev or vjp."
+            )
+        if self.holomorphic:
+            if y.dtype != mx.complex64:
+                raise ArgumentError(
+                    f"[{self.tag}] With holomorphic=True the function's value must be complex, "
+                    f"found {name_of(y.dtype)}."
+                )
+        elif y.dtype not in REAL:
+            hint = (
+                ". Take its real part, or say holomorphic=True if it is a holomorphic function."
+                if y.dtype == mx.complex64
+                else ": a number without a derivative."
+            )
+            raise ArgumentError(
+                f"[{self.tag}] The function's value must be real and floating, found "
+                f"{name_of(y.dtype)}{hint}"
+            )
+        return y
 
 
-@intercepted
-def jvp(
-    fun: Callable[..., Any], primals: Sequence[mx.array], tangents: Sequence[mx.array]
-) -> tuple[list[mx.array], list[mx.array]]:
-    """The Jacobian-vector product, in MLX's form.
-
-    Args:
-        fun: A function of as many arrays as there are primals, returning one or several arrays.
-        primals: Where to differentiate.
-        tangents: One for each primal, of its shape.
-
-    Returns:
-        (outputs, one tangent for each output).
-
-    Raises:
-        ValueError: as `mx.jvp`, when numbers or shapes do not match.
-
-    Example:
-        >>> import mlx.core as mx
-        >>> from mlxshim import jvp
-        >>> jvp(lambda x: x * x, [mx.array(3.0)], [mx.array(1.0)])
-        ([array(9, dtype=float32)], [array(6, dtype=float32)])
-    """
-    return mx.jvp(at_level("jvp", fun), primals, tangents)  # pyright: ignore
+def check_argnums(argnums: Any, tag: str) -> None:
+    several = argnums if isinstance(argnums, (tuple, list)) else (argnums,)
+    if argnums is not None and not (several and all(type(n) is int for n in several)):
+        raise ArgumentError(f"[{tag}] argnums must be an int or several, found {argnums!r}.")
 
 
-def _is_mlx_form(argnums: Argnums) -> bool:
-    """Whether MLX takes and answers these argnums as they are, for any number of arguments."""
-    several = (argnums,) if isinstance(argnums, int) else () if argnums is None else argnums
-    if isinstance(several, str) or any(type(n) is not int for n in several):
-        raise ValueError(f"[grad] argnums must be an int or several, found {argnums!r}.")
-    # A list is answered as MLX answers it; a tuple is JAX's.
-    return argnums is None or (not isinstance(argnums, tuple) and all(n >= 0 for n in several))
-
-
-def _resolve(argnums: Argnums, count: int) -> tuple[Any, Callable[[Any], Any]]:
-    """argnums as MLX takes them, and how to bring its gradients into the caller's form."""
-    if argnums is None:
-        return argnums, _as_they_are
-    several = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+def positions(argnums: int | Sequence[int], count: int, tag: str) -> list[int]:
+    """argnums as numbers of positional arguments in a call with `count` of them."""
+    several = (argnums,) if isinstance(argnums, int) else argnums
     numbers = [n + count if n < 0 else n for n in several]
     for n in numbers:
         if not 0 <= n < count:
-            raise ValueError(
-                f"[grad] argnums {argnums!r} is out of range for a call with {count} positional "
-                "arguments."
+            raise ArgumentError(
+                f"[{tag}] argnums {argnums!r} is out of range for a call with {count} positional "
+                "arguments. (A keyword argument is chosen by argnames.)"
             )
     if len(set(numbers)) != len(numbers):
-        raise ValueError(f"[grad] argnums {argnums!r} names an argument twice.")
-    if isinstance(argnums, int):
-        return numbers[0], _as_they_are
-    if not isinstance(argnums, tuple):
-        return numbers, _as_they_are
-    ordered = sorted(numbers)
-
-    def restore(grads: Any) -> Any:
-        if len(ordered) == 1:
-            return (grads,)
-        return tuple(grads[ordered.index(n)] for n in numbers)
-
-    return ordered, restore
-
-
-def _as_they_are(grads: Any) -> Any:
-    return grads
-
-
-def _with_aux(fun: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(fun, updated=())
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        result = fun(*args, **kwargs)
-        if not isinstance(result, tuple) or len(result) != 2:
-            raise ValueError(
-                "[grad] With has_aux=True the function must return a pair (value, aux), found "
-                f"{type(result).__name__}."
-            )
-        return result
-
-    return checked
+        raise ArgumentError(f"[{tag}] argnums {argnums!r} names an argument twice.")
+    return numbers

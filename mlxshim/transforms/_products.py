@@ -1,0 +1,101 @@
+"""One function of arrays under MLX's reverse and forward mode; what all derivatives stand on.
+
+MLX's `vjp` leaves an output that is a `stop_gradient` out when it deals out cotangents, so that
+the others get the wrong ones: here every output is a node of its own. What MLX returns of a
+function besides the differentiated outputs has no derivative further out: here it is kept aside.
+
+For complex arrays MLX's pullback is that of the conjugate Jacobian, J^H c, as PyTorch's is. The
+transpose J^T c of JAX is the conjugate of what MLX answers to the conjugate of c.
+
+Source: mlx/transforms.cpp (`vjp`, `jvp`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ..core import replay
+from ..core.errors import ArgumentError
+from ..core.levels import at_level
+from ._structure import Parts, output_namer
+
+Flat = Callable[..., "list[mx.array]"]
+
+
+class Traced:
+    """`fun` as a function of the arrays of its `primals` that have a derivative.
+
+    It returns the arrays that have one; the form of the output and the auxiliary data of the first
+    run, which is outside of the derivative, are kept. Every run draws the same random numbers.
+    """
+
+    def __init__(
+        self, fun: Callable[..., Any], primals: Parts, tag: str, has_aux: bool = False
+    ) -> None:
+        self.fun, self.primals, self.tag, self.has_aux = fun, primals, tag, has_aux
+        self.run: Flat = replay.same_draws(self._run)
+        self.outputs: Any = None
+        self.aux: Any = None
+
+    def _run(self, *arrays: mx.array) -> list[mx.array]:
+        result = self.fun(*self.primals.fill(arrays))
+        aux = None
+        if self.has_aux:
+            result, aux = pair(result, self.tag)
+        outputs = Parts(result, output_namer(self.tag))
+        if self.outputs is None:
+            self.outputs, self.aux = outputs, aux
+        return outputs.arrays
+
+    def value(self) -> Any:
+        """What the function returns, in a run of its own."""
+        arrays = self.run(*self.primals.arrays)
+        return self.outputs.fill(arrays)
+
+    def pull(self, cotangents: Sequence[mx.array]) -> list[mx.array]:
+        """J^T c for each of the primal's arrays."""
+        return pull(self.run, self.primals.arrays, cotangents)
+
+    def push(self, tangents: Sequence[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
+        """(outputs, J t for each of them)."""
+        arrays = self.primals.arrays
+        if not arrays:
+            outputs = self.run()
+            return outputs, [mx.zeros_like(y) for y in outputs]
+        pushed: Any = mx.jvp(at_level("jvp", self.run), arrays, tangents)  # pyright: ignore
+        return pushed
+
+
+def pull(run: Flat, primals: Sequence[mx.array], cotangents: Sequence[mx.array]) -> list[mx.array]:
+    if not primals or not cotangents:
+        return [mx.zeros_like(x) for x in primals]
+
+    def body(*arrays: mx.array) -> list[mx.array]:
+        return [mx.expand_dims(y, 0) for y in run(*arrays)]
+
+    seeds = [mx.expand_dims(conjugate(c), 0) for c in cotangents]
+    pulled = mx.vjp(at_level("grad", body), list(primals), seeds)[1]
+    return [conjugate(g) for g in pulled]
+
+
+def conjugate(x: mx.array) -> mx.array:
+    return mx.conjugate(x) if x.dtype == mx.complex64 else x
+
+
+def copies(arrays: Sequence[mx.array]) -> list[mx.array]:
+    """The same arrays, out of reach of a later assignment to their entries."""
+    return [x.astype(x.dtype) for x in arrays]
+
+
+def pair(result: Any, tag: str) -> tuple[Any, Any]:
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        what = type(result).__name__
+        what = f"a {what} of {len(result)}" if isinstance(result, (tuple, list)) else what
+        raise ArgumentError(
+            f"[{tag}] With has_aux=True the function must return a pair (output, aux), found "
+            f"{what}."
+        )
+    return result[0], result[1]

@@ -1,0 +1,248 @@
+"""Arguments and outputs taken apart: what has a derivative, what goes along, how it is put back.
+
+The leaves that have a derivative are floating or complex arrays. Integer arrays have none: where
+JAX has float0, zeros of the integer's own dtype stand here. None is an empty tree, as in JAX. An
+`nn.Module` may hold anything: what is no floating array in it goes along as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ..core import trees
+from ..core.errors import ArgumentError
+
+REAL = frozenset((mx.float32, mx.float16, mx.bfloat16, mx.float64))
+
+
+class Hole:
+    """The place of a leaf that has a derivative."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+class Fixed:
+    """What an `nn.Module` holds besides floating arrays."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+class Parts:
+    """A tree taken apart into `arrays`, which have a derivative, and everything else.
+
+    `what(path)` names a leaf for errors. Python floats, complex numbers and NumPy arrays become
+    arrays; what is no number is refused.
+    """
+
+    def __init__(self, tree: Any, what: Callable[[trees.Path], str]) -> None:
+        self.arrays: list[mx.array] = []
+        self.what = what
+        self.integers = False
+        self.tree = self._walk(tree, (), False)
+
+    def _walk(self, node: Any, path: trees.Path, module: bool) -> Any:
+        if node is None:
+            return None
+        below = None if isinstance(node, mx.array) else trees.children(node)
+        if below is None:
+            return self._leaf(node, path, module)
+        module = module or is_module(node)
+        return trees.rebuild(node, [self._walk(x, (*path, key), module) for key, x in below])
+
+    def _leaf(self, leaf: Any, path: trees.Path, module: bool) -> Any:
+        x = leaf
+        if not isinstance(x, mx.array):
+            if module:
+                return Fixed(leaf)
+            x = as_array(leaf)
+            if x is None:
+                raise ArgumentError(
+                    f"{self.what(path)} is {leaf!r} of type {type(leaf).__name__}: it must be an "
+                    "array or a number."
+                )
+        if x.dtype in REAL or x.dtype == mx.complex64:
+            self.arrays.append(x)
+            return Hole(len(self.arrays) - 1)
+        self.integers = self.integers or not module
+        return Fixed(x) if module else x
+
+    @property
+    def complex(self) -> bool:
+        return any(x.dtype == mx.complex64 for x in self.arrays)
+
+    def fill(self, arrays: Sequence[mx.array]) -> Any:
+        """The tree around other arrays."""
+
+        def leaf(x: Any) -> Any:
+            if type(x) is Hole:
+                return arrays[x.index]
+            return x.value if type(x) is Fixed else x
+
+        return trees.map_leaves(leaf, self.tree)
+
+    def derivatives(self, arrays: Sequence[Any]) -> Any:
+        """The tree around gradients or tangents: zeros for integers, None for what is fixed."""
+        return self.map_holes(lambda n: arrays[n])
+
+    def map_holes(self, fun: Callable[[int], Any]) -> Any:
+        def leaf(x: Any) -> Any:
+            if type(x) is Hole:
+                return fun(x.index)
+            return mx.zeros_like(x) if isinstance(x, mx.array) else None
+
+        return trees.map_leaves(leaf, self.tree)
+
+    def first(self, wanted: Callable[[mx.array], bool]) -> tuple[trees.Path, mx.array] | None:
+        """The first leaf with a property, and its path."""
+        for path, leaf in trees.leaves(self.tree):
+            x = self.arrays[leaf.index] if type(leaf) is Hole else leaf
+            if isinstance(x, mx.array) and wanted(x):
+                return path, x
+        return None
+
+    def match(self, tree: Any, what: str) -> list[mx.array]:
+        """The arrays of a `tree` of tangents or cotangents that goes with this one."""
+        found: list[Any] = [None] * len(self.arrays)
+        self._match(self.tree, tree, (), what, found)
+        return found
+
+    def _match(self, node: Any, other: Any, path: trees.Path, what: str, found: list[Any]) -> None:
+        kind = type(node)
+        if kind is Hole:
+            found[node.index] = self._one(self.arrays[node.index], other, path, what)
+            return
+        if kind is Fixed:
+            return
+        if isinstance(node, mx.array):
+            if other is None or (
+                isinstance(other, mx.array)
+                and other.dtype == node.dtype
+                and other.shape == node.shape
+            ):
+                return
+            raise ArgumentError(
+                f"The {what} of {self.what(path)}, which is {node.dtype}, must be None or zeros of "
+                f"its shape and dtype, found {describe(other)}: integers have no derivative."
+            )
+        below, others = trees.children(node), trees.children(other)
+        if below is None:
+            if other is not None:
+                raise ArgumentError(
+                    f"{self.what(path)} is {node!r}, so its {what} must be None, found "
+                    f"{describe(other)}."
+                )
+            return
+        same_kind = type(other) is kind or (is_module(node) and isinstance(other, dict))
+        if others is None or not same_kind or len(others) != len(below):
+            raise ArgumentError(
+                f"The {what} must be a tree like {self.what(path)}, which is {describe(node)}: "
+                f"found {describe(other)}."
+            )
+        if isinstance(node, dict):
+            if set(node) != set(other):
+                raise ArgumentError(
+                    f"The {what} must be a tree like {self.what(path)}, which has keys "
+                    f"{list(node)}: found {list(other)}."
+                )
+            others = [(key, other[key]) for key, _ in below]
+        for (key, child), (_, its) in zip(below, others):
+            self._match(child, its, (*path, key), what, found)
+
+    def _one(self, x: mx.array, other: Any, path: trees.Path, what: str) -> mx.array:
+        if isinstance(other, float) or (isinstance(other, complex) and x.dtype == mx.complex64):
+            other = mx.array(other, x.dtype)
+        y = as_array(other)
+        if y is None or y.shape != x.shape or y.dtype != x.dtype:
+            raise ArgumentError(
+                f"The {what} of {self.what(path)} must have its shape {tuple(x.shape)} and dtype "
+                f"{name_of(x.dtype)}, found {describe(other if y is None else y)}."
+            )
+        return y
+
+
+def as_array(leaf: Any) -> mx.array | None:
+    """A number or an array of NumPy's as MLX's; None for what is neither."""
+    if isinstance(leaf, mx.array):
+        return leaf
+    if isinstance(leaf, (bool, int, float, complex)):
+        return mx.array(leaf)
+    if type(leaf).__module__ == "numpy" and hasattr(leaf, "dtype"):
+        return mx.array(leaf)
+    return None
+
+
+def is_module(node: Any) -> bool:
+    return isinstance(node, dict) and hasattr(node, "trainable_parameters")
+
+
+def plain(tree: Any) -> bool:
+    """Whether MLX takes this tree as it is: real arrays in containers of its own kinds."""
+    kind = type(tree)
+    if kind is mx.array:
+        return tree.dtype in REAL
+    if kind is dict:
+        return all(map(plain, tree.values()))
+    return (kind is list or kind is tuple) and all(map(plain, tree))
+
+
+def name_of(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]
+
+
+def describe(node: Any) -> str:
+    if isinstance(node, mx.array):
+        return f"an array of shape {tuple(node.shape)} and dtype {name_of(node.dtype)}"
+    if type(node) is Hole:
+        return "an array"
+    if isinstance(node, dict):
+        return f"a {type(node).__name__} with keys {list(node)}"
+    if isinstance(node, (list, tuple)):
+        return f"a {type(node).__name__} of {len(node)}"
+    return f"{node!r} of type {type(node).__name__}"
+
+
+def argument_namer(
+    tag: str, fun: Callable[..., Any], numbers: Sequence[int] | None = None
+) -> Callable[[trees.Path], str]:
+    """Names a leaf of a tuple of positional arguments as the caller knows it."""
+
+    def name(path: trees.Path) -> str:
+        if not path:
+            return f"[{tag}] the tuple of arguments"
+        first, *keys = path
+        if isinstance(first, int):
+            first = parameter(fun, first if numbers is None else numbers[first])
+        return f"[{tag}] Argument {first}" + "".join(f"[{key!r}]" for key in keys)
+
+    return name
+
+
+def output_namer(tag: str) -> Callable[[trees.Path], str]:
+    def name(path: trees.Path) -> str:
+        return f"[{tag}] The function's output" + "".join(f"[{key!r}]" for key in path)
+
+    return name
+
+
+def parameter(fun: Callable[..., Any], number: int) -> str:
+    """The name of a positional parameter; its number if it has none."""
+    try:
+        several = list(inspect.signature(fun).parameters.values())
+    except (TypeError, ValueError):
+        return f"number {number}"
+    if number < len(several) and several[number].kind in (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    ):
+        return several[number].name
+    return f"number {number}"
