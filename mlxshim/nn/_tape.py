@@ -29,7 +29,7 @@ import mlx.nn as nn
 
 from ..core.primitive import Arrays, Axes, Node
 from ..rules._opaque import copies, opaque_node
-from ..transforms.autodiff import vjp
+from ..transforms.linear import vjp
 from . import _state
 
 Pair = tuple[mx.array, mx.array]
