@@ -410,7 +410,7 @@ def loop(fun: Fun, in_axes: Sequence[int | None]) -> Fun:
     def looped(*args: mx.array) -> Any:
         size = next(x.shape[a] for x, a in zip(args, in_axes) if a is not None)
         results = [
-            fun(*(x if a is None else mx.take(x, i, axis=a) for x, a in zip(args, in_axes)))
+            fun(*(x if a is None else _at(x, i, a) for x, a in zip(args, in_axes)))
             for i in range(size)
         ]
         if isinstance(results[0], mx.array):
@@ -418,6 +418,10 @@ def loop(fun: Fun, in_axes: Sequence[int | None]) -> Fun:
         return [mx.stack(list(column)) for column in zip(*results)]
 
     return looped
+
+
+def _at(x: mx.array, i: int, axis: int) -> mx.array:
+    return x[(slice(None),) * (axis % x.ndim) + (i,)]  # mx.take refuses empty arrays
 
 
 def _twice(samples: _Samples, outer: Any, inner: Any) -> list[mx.array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import threading
 
 import mlx.core as mx
@@ -251,3 +252,58 @@ def test_an_output_may_be_there_twice():
     twice = vmap(lambda x: [x, x], in_axes=1)(xs)
     assert [y.shape for y in twice] == [(3, 2, 5), (3, 2, 5)]
     assert mx.array_equal(twice[0], twice[1]).item()
+
+
+def test_an_unmapped_array_is_not_changed_in_place():
+    def f(x, w):
+        w += x
+        return w * 2
+
+    x, w = rand(2, 3), rand(3)
+    want = mx.stack([f(x[i], mx.array(w)) for i in range(2)])
+    before = mx.array(w)
+    same(vmap(f, in_axes=(0, None))(x, w), want)
+    same(w, before)
+
+
+def test_mlx_functions_themselves():
+    x, w = rand(4, 3, 8), rand(8)
+    same(vmap(mx.array.sum, in_axes=1)(x), mx.sum(x, axis=(0, 2)))
+    want = mx.fast.rms_norm(x, w, 1e-5)
+    same(vmap(mx.fast.rms_norm, in_axes=(0, None, None))(x, w, 1e-5), want)
+    norm = functools.partial(mx.fast.rms_norm, eps=1e-5)
+    same(vmap(norm, in_axes=(0, None))(x, w), want)
+    # MLX's own batching rule of divmod is wrong.
+    quotient, rest = vmap(mx.divmod)(x, mx.abs(x[::-1]) + 1)
+    want = mx.divmod(x, mx.abs(x[::-1]) + 1)
+    same(quotient, want[0])
+    same(rest, want[1])
+
+
+def test_chunks_under_grad_of_an_inner_derivative():
+    """Evaluation between chunks would lose the graph of what mx.vjp returns."""
+
+    def f(a, c):
+        return mlxshim.vjp(lambda a: a @ c, [a], [mx.ones((2, 2))])[0][0]
+
+    def loss(a, c, size):
+        return mx.sum(mx.sin(vmap(f, in_axes=(None, 0), chunk_size=size)(a, c)))
+
+    a, c = rand(2, 3), rand(3, 3, 2)
+    same(grad(loss)(a, c, 2), grad(loss)(a, c, None))
+
+
+def test_no_samples_of_what_cannot_be_computed_for_none():
+    keys = mx.zeros((0, 2), mx.uint32)
+    assert vmap(mx.argmax)(keys).shape == (0,)
+    assert vmap(lambda k: mx.random.normal((3,), key=k), out_axes=-1)(keys).shape == (3, 0)
+    g = grad(lambda x, w: vmap(lambda x: mx.sum(x * w))(x).sum(), argnums=(0, 1))
+    assert [y.shape for y in g(mx.zeros((0, 3)), mx.zeros(3))] == [(0, 3), (3,)]
+
+
+def test_a_loop_over_empty_samples():
+    def f(x):
+        return mx.array(float(x.sum().item())) + x  # reads a value: a loop
+
+    with pytest.warns(mlxshim.PerformanceWarning):
+        assert vmap(f)(mx.zeros((2, 0))).shape == (2, 0)

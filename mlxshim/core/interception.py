@@ -32,6 +32,7 @@ class Interception:
         self.owner, self.name, self.handler, self.outside = owner, name, handler, outside
         self.original: Callable[..., Any] = getattr(owner, name)
         self.stand_in = self._new_stand_in()
+        levels.stand_ins[id(self.original)] = self.stand_in
 
     def _new_stand_in(self) -> Callable[..., Any]:
         handler, active, original = self.handler, levels.active, self.original
@@ -54,6 +55,7 @@ class Interception:
         if current is not self.original:
             self.original = current
             self.stand_in = self._new_stand_in()
+            levels.stand_ins[id(current)] = self.stand_in
 
 
 class _Module:

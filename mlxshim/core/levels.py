@@ -9,9 +9,10 @@ vmap that it is mapped by, in which nothing is a tracer that is mapped for certa
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import mlx.core as mx
 
@@ -54,6 +55,20 @@ class _Levels(threading.local):
 _levels = _Levels()
 
 
+#: What stands in for a function of MLX's, by that function's id: one that a transform is given
+#: itself, as in `vmap(mx.sort)`, is looked up here and not as an attribute.
+stand_ins: dict[int, Callable[..., Any]] = {}
+
+
+def _standing_in(fun: Callable[..., R]) -> Callable[..., R]:
+    found = stand_ins.get(id(fun))
+    if found is not None:
+        return found
+    if isinstance(fun, functools.partial) and id(fun.func) in stand_ins:
+        return functools.partial(stand_ins[id(fun.func)], *fun.args, **fun.keywords)
+    return fun
+
+
 def active() -> list[Kind]:
     """The kinds of the active levels of this thread, outermost first. Not to be changed."""
     return _levels.stack
@@ -66,6 +81,7 @@ def vmaps() -> list[VmapLevel]:
 
 def at_level(kind: Kind, fun: Callable[..., R]) -> Callable[..., R]:
     """`fun`, run one level of `kind` deeper; the level is popped on every way out."""
+    fun = _standing_in(fun)
 
     # Bare on purpose: this runs at every trace, and nobody but a transform sees it.
     def traced(*args: object, **kwargs: object) -> R:
@@ -81,6 +97,7 @@ def at_level(kind: Kind, fun: Callable[..., R]) -> Callable[..., R]:
 
 def at_vmap(level: VmapLevel, fun: Callable[..., R]) -> Callable[..., R]:
     """`fun`, run inside one more vmap, whose first argument is a mapped tracer."""
+    fun = _standing_in(fun)
 
     def traced(mapped: mx.array, *args: object, **kwargs: object) -> R:
         local = _levels

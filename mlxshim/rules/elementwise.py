@@ -141,8 +141,14 @@ def _floored(a: Operand, b: Operand, on: dict[str, Any]) -> list[mx.array]:
 
 
 def _truncated(a: Operand, b: Operand, on: dict[str, Any]) -> list[mx.array]:
+    dtype = original(mx, "divmod")(a, b, **on)[0].dtype
+    a, b = (mx.array(x).astype(dtype, **on) for x in (a, b))
     sign_a, sign_b = mx.sign(a, **on), mx.sign(b, **on)
-    quotient, rest = _floored(mx.abs(a, **on), mx.abs(b, **on), on)
+    a, b = mx.abs(a, **on), mx.abs(b, **on)
+    quotient, rest = _floored(a, b, on)
+    if dtype in (mx.float16, mx.bfloat16):  # whose remainders may be those of a - b
+        rest = mx.remainder(a.astype(mx.float32, **on), b.astype(mx.float32, **on), **on)
+        rest = rest.astype(dtype, **on)
     sign = mx.multiply(sign_a, sign_b, **on)
     return [mx.multiply(sign, quotient, **on), mx.multiply(sign_a, rest, **on)]
 

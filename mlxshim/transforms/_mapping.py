@@ -118,9 +118,19 @@ class Inputs:
             x[(slice(None),) * a + (slice(start, stop),)] for x, a in zip(self.arrays, self.axes)
         ]
 
+    def nothing(self) -> list[mx.array]:
+        """One sample of zeros, in the place of none."""
+        return [
+            mx.zeros((*x.shape[:a], 1, *x.shape[a + 1 :]), x.dtype)
+            for x, a in zip(self.arrays, self.axes)
+        ]
+
     def fill(self, samples: tuple[mx.array, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         def fill(leaf: Any) -> Any:
-            return samples[leaf.index] if type(leaf) is Slot else leaf
+            if type(leaf) is Slot:
+                return samples[leaf.index]
+            # What the function does to an array in place is not done to the caller's.
+            return mx.array(leaf) if isinstance(leaf, mx.array) else leaf
 
         args = tuple(
             samples[arg.index] if type(arg) is Slot else trees.map_leaves(fill, arg)
@@ -202,6 +212,14 @@ class Outputs:
     def concatenate(self, parts: list[list[mx.array]]) -> list[mx.array]:
         axes = [self.axes] * len(parts[0]) if type(self.axes) is int else self.axes
         return [mx.concatenate(list(xs), axis=a) for xs, a in zip(zip(*parts), axes)]
+
+    def none_of(self, part: list[mx.array]) -> list[mx.array]:
+        """No sample of one part, of which nothing is computed."""
+        axes = [self.axes] * len(part) if type(self.axes) is int else self.axes
+        shapes = [list(x.shape) for x in part]
+        for shape, axis in zip(shapes, axes):
+            shape[axis] = 0
+        return [mx.zeros(shape, x.dtype) for x, shape in zip(part, shapes)]
 
     def _flatten(
         self, tree: Any, share: Callable[[mx.array, trees.Path], mx.array]

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import mlx.core as mx
 from typing_extensions import ParamSpec
 
+from ..core import levels
 from ..core.errors import NoBatchingRule, PerformanceWarning
 from ..core.interception import intercepted
 from ..core.levels import VmapLevel, at_vmap
@@ -86,7 +87,7 @@ def vmap(
         loop = False
         if not kwargs and chunk_size is None and type(in_axes) is int:
             size = _common_size(args, in_axes)
-            if size >= 0 and axis_size in (None, size):
+            if size > 0 and axis_size in (None, size):
                 # Every argument is a mapped array: the trace is ours to keep short.
                 outputs = Outputs(out_axes, axis_name is not None)
                 plan = plans.of(args[0].shape)  # pyright: ignore
@@ -101,11 +102,15 @@ def vmap(
                     loop = True
         inputs = Inputs(fun, args, kwargs, in_axes, axis_size)
         outputs = Outputs(out_axes, axis_name is not None)
-        chunk = chunk_size or max(inputs.size, 1)
+        # Much of MLX divides by the extent of an axis: instead of none, one of zeros is traced.
+        count = max(inputs.size, 1)
+        chunk = chunk_size or count
         parts: list[list[mx.array]] = []
-        for start in range(0, inputs.size, chunk) or (0,):
-            size = min(chunk, inputs.size - start)
+        for start in range(0, count, chunk):
+            size = min(chunk, count - start)
             arrays = inputs.arrays if size == inputs.size else inputs.part(start, start + size)
+            if not inputs.size:
+                arrays = inputs.nothing()
             if not loop:
                 plan = plans.of((arrays[0].shape, len(arrays)))
                 level = VmapLevel(axis_name, size, randomness, plan)
@@ -118,6 +123,8 @@ def vmap(
                 parts.append(_looped(fun, inputs, arrays, outputs, size))
             if size < inputs.size:
                 _settle(parts[-1])
+        if not inputs.size:
+            return outputs.give(outputs.none_of(parts[0]))
         return outputs.give(outputs.concatenate(parts) if len(parts) > 1 else parts[0])
 
     return mapped
@@ -167,7 +174,7 @@ def _looped(
     """One call for each sample, and the results stacked: what vmap means."""
     columns: list[list[mx.array]] = []
     for i in range(size):
-        samples = tuple(mx.take(x, i, axis=a) for x, a in zip(arrays, inputs.axes))
+        samples = tuple(x[(slice(None),) * a + (i,)] for x, a in zip(arrays, inputs.axes))
         args, kwargs = inputs.fill(samples)
         columns.append(outputs.take_sample(fun(*args, **kwargs)))
     return outputs.stack(columns)
@@ -204,7 +211,13 @@ def _why_loop(error: Exception, outputs: Outputs) -> str | None:
 
 
 def _settle(arrays: list[mx.array]) -> None:
-    """Evaluate now, so that the next chunk finds the memory free; inside a trace nothing can."""
+    """Evaluate now, so that the next chunk finds the memory free.
+
+    Inside a trace there is nothing to free. There mx.eval would even lose the graph of what an
+    inner derivative returned: MLX takes the mark of a tracer from all that it differentiates.
+    """
+    if levels.active():
+        return
     try:
         mx.eval(arrays)
     except ValueError as e:
