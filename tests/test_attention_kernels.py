@@ -32,6 +32,10 @@ CASES = [
     Case("ragged-bool", mask="bool", mask_shape=(100, 100), **RAGGED),
     Case("ragged-sinks-causal", sinks=True, mask="causal", **RAGGED),
     Case("gqa-longer-keys", mask="causal", **{**SHAPE, "k_length": 256}),
+    Case("ragged-keys", **{**SHAPE, "k_length": 100}),
+    Case("ragged-keys-causal", mask="causal", **{**SHAPE, "k_length": 200}),
+    Case("ragged-keys-bool", mask="bool", mask_shape=(128, 200), **{**SHAPE, "k_length": 200}),
+    Case("ragged-mask-of-one", mask="additive", mask_shape=(100, 1), **RAGGED),
 ]
 
 

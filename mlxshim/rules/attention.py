@@ -11,7 +11,6 @@ folding queries into the heads of a group: Ainslie et al., "GQA", 2023.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +21,7 @@ from ..core.primitive import Arrays, Axes, Primitive
 from ._devices import gpu as _gpu
 from ._dtypes import promoted
 from .attention_plain import decompose, decompose_vjp
+from .attention_ragged import padded, padding
 
 # The call --------------------------------------------------------------------------------------
 
@@ -40,11 +40,11 @@ def scaled_dot_product_attention(
 ) -> mx.array:
     stack = levels.active()
     has_mask = isinstance(mask, mx.array)
-    if stack == ["grad"]:
-        others = has_mask or sinks is not None
-        if not _gpu(stream) or not (others or _padding(q, k, mask == "causal")):
-            # MLX's own node and derivative: nothing to gain by standing in between.
-            return _raw(q, k, v, scale=scale, mask=mask, sinks=sinks, stream=stream, **newer)
+    if stack == ["grad"] and not (
+        _gpu(stream) and (has_mask or sinks is not None or _is_ragged(q, k, v, mask))
+    ):
+        # MLX's own node and derivative: nothing to gain by standing in between.
+        return _raw(q, k, v, scale=scale, mask=mask, sinks=sinks, stream=stream, **newer)
     if newer:  # an explicit default is no request
         newer = {name: value for name, value in newer.items() if value}
     dtype = _check(q, k, v, scale, mask, sinks, newer)
@@ -70,12 +70,20 @@ def _dispatch(
     if newer or ("vmap" in stack and _fuses(arrays, static, stack)):
         return attention(*arrays, **static, **newer)[0]
     if stack == ["grad"]:
-        if len(arrays) == 3:
-            return _padded(_fused, *arrays, **static)[0]
+        extra = padding(arrays[0], arrays[1], arrays[2], static["causal"])
+        if len(arrays) == 3 and extra:
+            return padded(_fused, extra, *arrays, **static)[0]
         return attention.differentiable(*arrays, **static)[0]
     # No kernel to reach, or a derivative that no kernel has: MLX's own operations, whose
     # transforms keep the probabilities instead of computing them twice.
     return decompose(*arrays, **static)[0]
+
+
+def _is_ragged(q: Any, k: Any, v: Any, mask: Any) -> bool:
+    """Whether MLX's own derivative would decompose the call, or bring the process down."""
+    if not all(isinstance(x, mx.array) and x.ndim == 4 for x in (q, k, v)):
+        return False  # refused further on
+    return any(padding(q, k, v, mask == "causal") or ())
 
 
 def _raw(*args: Any, **kwargs: Any) -> mx.array:
@@ -141,61 +149,13 @@ def _fuses(arrays: list[mx.array], static: dict[str, Any], stack: list[Any]) -> 
         return not training  # Metal trains unfused by design
     q, k, v = arrays[:3]
     length, dim, value_dim = q.shape[2], q.shape[3], v.shape[3]
-    if training and length % _TILE != 0 and not _padding(q, k, static["causal"]):
+    if training and padding(q, k, v, static["causal"]) is None:
         return False
     if static["causal"] and length > k.shape[2]:
         return False
     if q.dtype != mx.float32:
         return dim % 8 == 0 and dim <= 128 and value_dim % 8 == 0 and value_dim <= 128
     return length < 4 and dim == value_dim and dim in (64, 96, 128) and not static["has_mask"]
-
-
-# Ragged lengths --------------------------------------------------------------------------------
-
-#: CUDA's fused backward takes query lengths that are multiples of this, and no others.
-_TILE = 128
-
-
-def _padding(q: mx.array, k: mx.array, causal: bool) -> int:
-    """How many rows would bring a ragged query length to CUDA's fused backward; 0 for none."""
-    if not (isinstance(q, mx.array) and isinstance(k, mx.array) and q.ndim == k.ndim == 4):
-        return 0  # refused further on
-    length = q.shape[2]
-    if q.dtype.size != 2 or length < _TILE // 2 or (causal and length > k.shape[2]):
-        return 0  # float32 has no kernel; a short length is cheap as it is
-    return 0 if mx.metal.is_available() else -length % _TILE
-
-
-def _padded(
-    fun: Callable[..., list[mx.array]],
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    *rest: mx.array,
-    causal: bool,
-    has_mask: bool,
-    **static: Any,
-) -> list[mx.array]:
-    """`fun` with further queries, whose rows are then dropped.
-
-    A causal call gets as many further keys: they lie in the future of every query that counts.
-    """
-    extra = _padding(q, k, causal)
-    static.update(causal=causal, has_mask=has_mask)
-    if not extra:
-        return fun(q, k, v, *rest, **static)
-    if has_mask and rest[0].ndim > 1 and rest[0].shape[-2] > 1:
-        # The last row again: a row of zeros or False could be one that sees nothing.
-        widths = [(0, 0)] * (rest[0].ndim - 2) + [(0, extra), (0, 0)]
-        rest = (mx.pad(rest[0], widths, mode="edge"), *rest[1:])
-    if causal:
-        k, v = _more_rows(k, extra), _more_rows(v, extra)
-    out = fun(_more_rows(q, extra), k, v, *rest, **static)
-    return [x[:, :, : q.shape[2]] for x in out]
-
-
-def _more_rows(x: mx.array, extra: int) -> mx.array:
-    return mx.pad(x, [(0, 0), (0, 0), (0, extra), (0, 0)])
 
 
 # The lowerings ---------------------------------------------------------------------------------
@@ -222,7 +182,9 @@ def _fused_vjp(
     *rest, cotangent = others
     # The sum of the outputs has a cotangent of stride zero, which the kernel does not take.
     cotangent = mx.contiguous(cotangent)
-    return mx.vjp(lambda *qkv: _padded(_fused, *qkv, *rest, **static), [q, k, v], [cotangent])[1]
+    extra = padding(q, k, v, static["causal"])
+    call = functools.partial(padded, _fused, extra) if extra else _fused
+    return mx.vjp(lambda *qkv: call(*qkv, *rest, **static), [q, k, v], [cotangent])[1]
 
 
 # The batching rules ----------------------------------------------------------------------------

@@ -50,6 +50,9 @@ def rope(
         return _raw(a, dims, **form, offset=offset, freqs=freqs, stream=stream)
     if isinstance(offset, int):
         offset = constant(offset, mx.int32)
+    elif offset.ndim and offset.size == 1:
+        # CUDA's kernel steps through a vector of offsets, even past the end of one of one.
+        offset = mx.squeeze(offset)
     arrays = [a, offset] if freqs is None else [a, offset, freqs]
     if stream is None:
         return _bind(*arrays, dims=dims, **form)

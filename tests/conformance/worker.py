@@ -70,10 +70,11 @@ class Worker:
 
     def _start(self) -> subprocess.Popen[bytes]:
         self.buffer = b""
+        paths = (str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH"))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "conformance.worker", self.transforms],
             cwd=TESTS,
-            env={**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
