@@ -18,8 +18,10 @@ TESTS = Path(__file__).resolve().parents[1]
 class Worker:
     """A process that runs cases by name, started anew after every death."""
 
-    def __init__(self, transforms: str = "mlxshim", limit: float = 60) -> None:
-        self.transforms, self.limit = transforms, limit
+    def __init__(
+        self, transforms: str = "mlxshim", limit: float = 60, server: str = __name__
+    ) -> None:
+        self.transforms, self.limit, self.server = transforms, limit, server
         self.process: subprocess.Popen[bytes] | None = None
         self.buffer = b""
 
@@ -72,7 +74,7 @@ class Worker:
         self.buffer = b""
         paths = (str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH"))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "conformance.worker", self.transforms],
+            [sys.executable, "-m", self.server, self.transforms],
             cwd=TESTS,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
             stdin=subprocess.PIPE,
