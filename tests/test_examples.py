@@ -35,3 +35,13 @@ def test_attention_benchmark(tmp_path):
     assert {r["section"] for r in mine} == {"forward", "grad", "grad-square", "decode"}
     assert all(r["error"] < 1e-5 and r["ms"] > 0 for r in mine)
     assert found["trace_us"]["vmap"]["mlxshim"] > 0
+
+
+def test_models_benchmark(tmp_path):
+    path = tmp_path / "models.json"
+    small = "--layers 1 --dim 16 --hidden 24 --vocabulary 30 --length 8 --samples 3 --repeats 3"
+    wanted = "ordinary;loop;per-sample;norms;clipped"
+    run("-m", "benchmarks.models", *small.split(), "--only", wanted, "--json", str(path))
+    rows = json.loads(path.read_text())["rows"]
+    assert [r["contender"] for r in rows] == wanted.split(";")
+    assert all(r["error"] < 1e-4 and r["ms"] > 0 and "note" not in r for r in rows)

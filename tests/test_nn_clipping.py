@@ -1,0 +1,196 @@
+"""Norms and clipped sums against the gradients of MLX's own nn.value_and_grad, sample by sample."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten, tree_map
+from nn_models import CASES, LoRA, close, close_trees, dense_case, loop, mixed_case, snapshot
+from nn_models import squares as squares_loss
+
+from mlxshim.nn import _parts, clipped_grad, clipping, per_sample_norms
+
+
+def norms_of(grads):
+    """{name: (samples,)}"""
+    return {n: mx.linalg.norm(g.reshape(len(g), -1), axis=1) for n, g in grads.items()}
+
+
+def flat_norm(grads):
+    return mx.sqrt(sum(n.square() for n in norms_of(grads).values()))
+
+
+def clipped(grads, factors):
+    def weigh(g, f):
+        return (g * f.reshape(-1, *(1 for _ in g.shape[1:]))).sum(axis=0)
+
+    return {n: weigh(g, factors[n]) for n, g in grads.items()}
+
+
+def flat_clip(grads, bound):
+    factor = mx.minimum(1, bound / flat_norm(grads))
+    return clipped(grads, dict.fromkeys(grads, factor))
+
+
+@pytest.fixture(params=["by rows", "by gradients", "as it comes"])
+def way(request, monkeypatch):
+    """Both ways to a norm, each forced, and the choice."""
+    if request.param != "as it comes":
+        by_rows = request.param == "by rows"
+        monkeypatch.setattr(_parts, "_prefers_rows", lambda parameter: by_rows)
+    if request.param == "by gradients":
+        monkeypatch.setattr(_parts, "HELD", 1)  # one sample at a time
+    return request.param
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("form", ["plain", "compiled", "chunked"])
+def test_as_the_loop(name, form, way):
+    if form == "compiled" and (name != "mixed" or way == "as it comes"):
+        pytest.skip("compiling takes seconds on a CPU")
+    model, loss, data = CASES[name]()
+    before = snapshot(model)
+    losses, grads = loop(model, loss, data)
+    bound = float(flat_norm(grads).mean())  # some are clipped, some are not
+    chunk_size = 3 if form == "chunked" else None
+
+    def both(*data):
+        found = clipped_grad(model, loss, bound, chunk_size=chunk_size)(model, *data)
+        return found, per_sample_norms(model, loss, chunk_size=chunk_size)(model, *data)
+
+    before = snapshot(model)
+    got, (again, norms) = (mx.compile(both) if form == "compiled" else both)(*data)
+    assert snapshot(model) == before
+    close(got[0], losses)
+    close(again, losses)
+    close(got[2], flat_norm(grads), 1e-4)
+    close(norms, flat_norm(grads), 1e-4)
+    close_trees(got[1], flat_clip(grads, bound), 1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_per_layer(name, way):
+    model, loss, data = CASES[name]()
+    _, grads = loop(model, loss, data)
+    want = norms_of(grads)
+    _, norms = per_sample_norms(model, loss, per_layer=True)(model, *data)
+    close_trees(norms, want, 1e-4)
+    bound = 0.5 * float(flat_norm(grads).mean())
+    share = bound / math.sqrt(len(grads))
+    _, got, norms = clipped_grad(model, loss, bound, per_layer=True)(model, *data)
+    close_trees(norms, want, 1e-4)
+    factors = {n: mx.minimum(1, share / mx.maximum(v, 1e-30)) for n, v in want.items()}
+    close_trees(got, clipped(grads, factors), 1e-4)
+    bounds = tree_map(lambda x: 0.1 * (1 + x.ndim), model.trainable_parameters())
+    _, got, _ = clipped_grad(model, loss, bounds, per_layer=True)(model, *data)
+    factors = {
+        n: mx.minimum(1, 0.1 * grads[n].ndim / mx.maximum(v, 1e-30)) for n, v in want.items()
+    }
+    close_trees(got, clipped(grads, factors), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision(dtype, way):
+    model, loss, data = mixed_case()
+    model.set_dtype(dtype)
+    model.update(tree_map(lambda x: x.astype(mx.float32).astype(dtype), model.parameters()))
+    _, got, norms = clipped_grad(model, loss, 0.5)(model, *data)
+    model.set_dtype(mx.float32)
+    _, grads = loop(model, loss, data)
+    assert norms.dtype == mx.float32
+    close(norms, flat_norm(grads), 0.03)
+    want = flat_clip(grads, 0.5)
+    for name, g in tree_flatten(got):
+        assert g.dtype == dtype
+        close(g.astype(mx.float32), want[name], 0.08)
+
+
+def test_rows_that_cancel(way):
+    """Two rows whose gradients are opposite: the norm is zero, not the rounding of large terms."""
+    model = nn.Linear(16, 8, bias=False)
+    model.set_dtype(mx.bfloat16)
+    x = mx.random.normal((3, 1, 16)).astype(mx.bfloat16)
+    x = mx.concatenate([x, -x, 1e-3 * mx.ones_like(x)], axis=1)
+    loss = lambda m, x: (m(x) * mx.array([1.0] * 8, mx.bfloat16)).sum()  # noqa: E731
+    _, norms = per_sample_norms(model, loss)(model, x)
+    want = mx.full((3,), math.sqrt(16 * 8) * float(x[0, 2, 0].astype(mx.float32)))
+    close(norms, want, 0.05)
+
+
+def test_zero_gradients_and_no_clipping():
+    model, loss, data = dense_case()
+    _, grads = loop(model, loss, data)
+    _, got, _ = clipped_grad(model, loss, 1e9)(model, *data)
+    close_trees(got, {n: g.sum(axis=0) for n, g in grads.items()})
+    _, got, norms = clipped_grad(model, lambda *a: 0 * loss(*a), 1.0)(model, *data)
+    assert float(norms.max()) == 0
+    assert all(float(mx.abs(g).max()) == 0 for _, g in tree_flatten(got))
+
+
+def test_the_bound_may_be_an_array():
+    model, loss, data = dense_case()
+    fun = mx.compile(lambda c, *data: clipped_grad(model, loss, c)(model, *data)[1])
+    _, grads = loop(model, loss, data)
+    for bound in (0.5, 2.0):
+        close_trees(fun(mx.array(bound), *data), flat_clip(grads, bound), 1e-4)
+
+
+def test_no_samples():
+    model, loss, data = mixed_case()
+    losses, grads, norms = clipped_grad(model, loss, 1.0)(model, *(x[:0] for x in data))
+    assert losses.shape == norms.shape == (0,)
+    for name, g in tree_flatten(grads):
+        assert float(mx.abs(g).max()) == 0, name
+
+
+def test_unknown_layers_go_in_chunks(monkeypatch):
+    monkeypatch.setattr(clipping, "HELD_BYTES", 0)
+    monkeypatch.setattr(clipping, "HELD_TIMES", 2)
+    model = LoRA()
+    x = mx.random.normal((7, 2, 64))
+    data, calls = (x, mx.random.normal(x.shape)), []
+
+    def counted(*args):
+        calls.append(1)
+        return squares_loss(*args)
+
+    _, got, norms = clipped_grad(model, counted, 1.0)(model, *data)
+    assert len(calls) == 1 + 4  # one to find out, then two samples at a time
+    _, grads = loop(model, squares_loss, data)
+    close(norms, flat_norm(grads), 1e-4)
+    close_trees(got, flat_clip(grads, 1.0), 1e-4)
+
+
+def test_memory_is_that_of_a_batch():
+    """The gradients of all samples would be 48 times the parameters."""
+    layers = [layer for _ in range(6) for layer in (nn.Linear(256, 256), nn.Tanh())]
+    model = nn.Sequential(*layers)
+    x = mx.random.normal((48, 256))
+    data = (x, mx.random.normal(x.shape))
+    mx.eval(model.parameters(), *data)
+    held = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
+
+    def peak(fun):
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(fun())
+        return mx.get_peak_memory() - before
+
+    assert held < peak(lambda: clipped_grad(model, squares_loss, 1.0)(model, *data)) < 6 * held
+
+
+@pytest.mark.parametrize("bound", [0, -1.0, "1", True, mx.ones((2,)), {"weight": 1.0}])
+def test_bounds_are_checked(bound):
+    with pytest.raises(ValueError, match=r"\[clipped_grad\] max_norm"):
+        clipped_grad(nn.Linear(2, 2), squares_loss, bound)
+
+
+def test_a_bound_is_missing():
+    model, loss, data = dense_case()
+    with pytest.raises(ValueError, match=r"no bound for layers\.2\.weight, layers\.2\.bias"):
+        bounds = {"layers": [{"weight": 1.0, "bias": 1.0}, {}, {}]}
+        clipped_grad(model, loss, bounds, per_layer=True)(model, *data)
