@@ -30,27 +30,31 @@ class Interception:
         self, owner: Any, name: str, handler: Callable[..., Any], outside: bool = False
     ) -> None:
         self.owner, self.name, self.handler, self.outside = owner, name, handler, outside
-        self.original: Callable[..., Any] = getattr(owner, name)
+        self.original: Any = getattr(owner, name)
         self.stand_in = self._new_stand_in()
         levels.stand_ins[id(self.original)] = self.stand_in
 
-    def _new_stand_in(self) -> Callable[..., Any]:
-        handler, active, original = self.handler, levels.active, self.original
+    def _new_stand_in(self) -> Any:
+        of_property = isinstance(self.original, property)
+        original: Any = self.original.fget if of_property else self.original
+        handler, active = self.handler, levels.active
         outside = self.outside
         on_type = not isinstance(self.owner, ModuleType)
 
-        @functools.wraps(original)
+        # MLX's getters have no names.
+        @functools.wraps(original, ("__doc__",) if of_property else functools.WRAPPER_ASSIGNMENTS)
         def stand_in(*args: Any, **kwargs: Any) -> Any:
             # One that somebody has wrapped and put back is out of date, and stands aside.
-            if (active() or outside) and self.stand_in is stand_in:
+            if (active() or outside) and self.call is stand_in:
                 return handler(*args, **kwargs)
             if on_type and not _users:
                 _restore_types()
             return original(*args, **kwargs)
 
-        return stand_in
+        self.call = stand_in
+        return property(stand_in) if of_property else stand_in
 
-    def refresh(self, current: Callable[..., Any]) -> None:
+    def refresh(self, current: Any) -> None:
         """Stand in for `current`: somebody may have replaced the function before we came."""
         if current is not self.original:
             self.original = current
@@ -106,9 +110,9 @@ _types_replaced = False
 def intercept(owner: Any, name: str, *, outside: bool = False) -> Callable[[F], F]:
     """Register the decorated function to stand in for `owner.name` inside transforms.
 
-    The handler gets the caller's arguments as they were written. Inside it, `original(owner,
-    name)` is MLX's own function. With `outside` it is called while interception is in place and
-    no function is traced, too.
+    The handler gets the caller's arguments as they were written; a property's gets the object.
+    Inside it, `original(owner, name)` is MLX's own function (or property). With `outside` it is
+    called while interception is in place and no function is traced, too.
     """
 
     def register(handler: F) -> F:
@@ -127,8 +131,8 @@ def intercept(owner: Any, name: str, *, outside: bool = False) -> Callable[[F], 
     return register
 
 
-def original(owner: Any, name: str) -> Callable[..., Any]:
-    """The function that `owner.name` is outside every transform."""
+def original(owner: Any, name: str) -> Any:
+    """The function, or the property, that `owner.name` is outside every transform."""
     entry = _table.get((owner, name))
     if entry is not None and _users:
         return entry.original

@@ -7,6 +7,7 @@ from . import control as control
 from . import convolution as convolution
 from . import elementwise as elementwise
 from . import experts as experts
+from . import indexing as indexing
 from . import linalg as linalg
 from . import losses as losses
 from . import matmul as matmul
@@ -14,7 +15,9 @@ from . import norms as norms
 from . import positions as positions
 from . import quantized as quantized
 from . import random as random
+from . import slices as slices
 from . import spectral as spectral
+from . import views as views
 
 if MLX < (0, 32, 0):
     from . import plain_0_31 as plain_0_31

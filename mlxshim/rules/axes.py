@@ -1,4 +1,4 @@
-"""Several axes at once: expand_dims, squeeze, reductions, and indices of several ints or Nones.
+"""Several axes at once: expand_dims, squeeze, reductions.
 
 MLX's batching rule of ExpandDims decides whether a new axis comes before the mapped one by the
 mapped axis' place in the input. With several new axes that is wrong unless the mapped axis is the
@@ -11,7 +11,7 @@ Source: mlx/primitives.cpp, `ExpandDims::vmap`, `Squeeze::vjp`, `Reduce::jvp`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -142,41 +142,3 @@ for _owner in (mx, mx.array):
     for _name in {"max", "min", "prod", "median", "minmax"} - _OLD:
         if hasattr(_owner, _name):
             _selecting(_owner, _name)
-
-
-# Indices ----------------------------------------------------------------------------------------
-
-
-def _getitem(a: mx.array, key: Any) -> mx.array:
-    raw: Callable[..., mx.array] = original(mx.array, "__getitem__")
-    if type(key) is not tuple or "vmap" not in levels.active():
-        return raw(a, key)
-    ints = sum(type(k) is int for k in key)
-    nones = sum(k is None for k in key)
-    if ints < 2 and nones < 2:
-        return raw(a, key)
-    if any(k is Ellipsis for k in key):
-        i = next(i for i, k in enumerate(key) if k is Ellipsis)
-        missing = a.ndim - (len(key) - nones - 1)
-        key = (*key[:i], *(slice(None),) * missing, *key[i + 1 :])
-    # A new axis is an axis of one that is taken whole.
-    a = _expand(a, [i for i, k in enumerate(key) if k is None], None)
-    key = tuple(slice(None) if k is None else k for k in key)
-    if not all(isinstance(k, (int, slice)) for k in key):
-        return raw(a, key)  # beside arrays, an int is gathered, not squeezed
-    dropped = [i for i, k in enumerate(key) if type(k) is int]
-    if any(not -a.shape[i] <= key[i] < a.shape[i] for i in dropped):
-        return raw(a, key)
-    key = tuple(slice(k % n, k % n + 1) if type(k) is int else k for k, n in zip(key, a.shape))
-    return _squeeze(raw(a, key), dropped, None)
-
-
-if MLX < (0, 32, 0):
-    from .plain_0_31 import fronted
-
-    @intercept(mx.array, "__getitem__")
-    def __getitem__(a: mx.array, key: Any) -> mx.array:
-        return fronted(_getitem(a, key))
-
-else:
-    intercept(mx.array, "__getitem__")(_getitem)

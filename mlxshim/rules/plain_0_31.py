@@ -24,19 +24,13 @@ from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ..core.versions import MLX_VERSION
+from ._fronted import fronted
 
 
 def _refuse(name: str, transform: str, why: str) -> None:
     raise NotImplementedError(
         f"[{name}] under {transform} needs MLX 0.32 (this is {MLX_VERSION}): {why}."
     )
-
-
-def fronted(x: mx.array) -> mx.array:
-    """`x`, whose mapped axis, and that of its cotangent, are moved to the front by a reshape."""
-    if x.ndim == 0 or "vmap" not in levels.active():
-        return x
-    return mx.squeeze(mx.reshape(x, (1, *x.shape)), 0)
 
 
 # Forward derivatives ----------------------------------------------------------------------------

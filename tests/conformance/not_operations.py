@@ -78,10 +78,4 @@ NOT_OPERATIONS: dict[str, str] = {
 }
 
 #: Names whose family is still to come: to be emptied.
-PENDING: set[str] = {
-    # indexing and sorting
-    *("argpartition", "argsort", "as_strided", "pad", "partition", "put_along_axis", "repeat"),
-    *("roll", "searchsorted", "slice", "slice_update", "sort", "take", "take_along_axis"),
-    *("tile", "topk", "array.__setitem__", "array.at.add", "array.at.subtract"),
-    *("array.at.multiply", "array.at.divide", "array.at.maximum", "array.at.minimum"),
-}
+PENDING: set[str] = set()

@@ -1,0 +1,303 @@
+"""Indexing: reading and writing at ints, slices, None, arrays, lists and boolean masks.
+
+    x[i]    mx.take    y[i] = u    y[mask] = u    x.at[i].add(u)
+
+What has no array in it chooses a *window* (windows.py). What has one is gathered and scattered by
+MLX, whose batching rules are right but for the places of two mapped axes: that of the cotangent of
+a gather, and before 0.32.4 that of the updates of a scatter, must come first, which a reshape
+brings about; and for indices of 8 and 16 bits, in which a scatter counts the samples.
+
+A mask is a gather of the updates in their order and a `where`: the vjp of MLX's own operation
+counts the mask across samples.
+
+Source: mlx/primitives.cpp, `Gather`, `Scatter`, `MaskedScatter`; python/src/indexing.cpp.
+"""
+
+from __future__ import annotations
+
+import operator
+from types import EllipsisType
+from typing import Any
+
+import mlx.core as mx
+
+from ..core import levels
+from ..core.interception import intercept, original
+from ..core.versions import MLX, SELECT_JVP_BUG
+from ._fronted import fronted
+from ._tracers import is_tracer
+from .windows import Window, become, write
+
+# Reading ----------------------------------------------------------------------------------------
+
+
+@intercept(mx.array, "__getitem__")
+def __getitem__(x: mx.array, key: Any) -> mx.array:
+    raw = original(mx.array, "__getitem__")
+    kind = type(key)
+    if kind is slice or key is None or kind is EllipsisType or "vmap" not in levels.active():
+        return raw(x, key)
+    if kind is int:
+        key = (key,)
+    if kind is tuple or kind is int:
+        return _read(x, key, raw)
+    return fronted(raw(x, _widened(key)))
+
+
+def _read(x: mx.array, key: tuple[Any, ...], raw: Any) -> mx.array:
+    nones = sum(k is None for k in key)
+    ints = arrays = 0
+    for k in key:
+        if isinstance(k, (mx.array, list)):
+            arrays += 1
+        elif k is not None and not isinstance(k, (slice, EllipsisType)):
+            ints += 1
+    if not arrays and not ints and nones < 2:
+        return raw(x, key)
+    if any(k is Ellipsis for k in key):
+        i = next(i for i, k in enumerate(key) if k is Ellipsis)
+        missing = x.ndim - (len(key) - nones - 1)
+        key = (*key[:i], *(slice(None),) * missing, *key[i + 1 :])
+    if nones:  # a new axis is an axis of one that is taken whole
+        x = mx.expand_dims(x, [i for i, k in enumerate(key) if k is None])
+        key = tuple(slice(None) if k is None else k for k in key)
+    if arrays:  # beside which an int is gathered, not squeezed
+        return fronted(raw(x, tuple(_widened(k) for k in key)))
+    dropped = [i for i, k in enumerate(key) if not isinstance(k, slice)]
+    if len(key) > x.ndim or any(
+        type(key[i]) is not int or not -x.shape[i] <= key[i] < x.shape[i] for i in dropped
+    ):
+        return raw(x, key)  # MLX's own message, or what it makes of it
+    key = tuple(slice(k % n, k % n + 1) if type(k) is int else k for k, n in zip(key, x.shape))
+    return mx.squeeze(raw(x, key), dropped)
+
+
+_NARROW = (mx.uint8, mx.int8, mx.uint16, mx.int16)
+
+
+def _widened(index: Any) -> Any:
+    """An array of indices of a dtype in which samples can be counted; anything else as it is."""
+    if isinstance(index, mx.array) and index.dtype in _NARROW:
+        return index.astype(mx.int32)
+    return index
+
+
+@intercept(mx, "take")
+def take(x: mx.array, indices: Any, axis: int | None = None, *, stream: Any = None) -> mx.array:
+    raw = original(mx, "take")
+    if not isinstance(indices, mx.array) or "vmap" not in levels.active():
+        return raw(x, indices, axis, stream=stream)
+    return fronted(raw(x, _widened(indices), axis, stream=stream))
+
+
+# Writing ----------------------------------------------------------------------------------------
+
+
+def _concerned() -> bool:
+    stack = levels.active()
+    return "vmap" in stack or (SELECT_JVP_BUG and "jvp" in stack)
+
+
+@intercept(mx.array, "__setitem__")
+def __setitem__(y: mx.array, key: Any, value: Any) -> None:
+    raw = original(mx.array, "__setitem__")
+    if not _concerned():
+        return raw(y, key, value)
+    mask = _mask(key)
+    if mask is not None:
+        return (
+            become(y, _set_where(y, mask, value)) if _traced(y, mask, value) else raw(y, key, value)
+        )
+    new = _updated(y, key, value, "set")
+    if new is not None:
+        return become(y, new)
+    if isinstance(value, mx.array):
+        value = _in_front(value)
+    return raw(y, _all_widened(key), value)
+
+
+class _At:
+    """What `x.at` is under vmap."""
+
+    __slots__ = ("_array", "_key")
+
+    def __init__(self, array: mx.array) -> None:
+        self._array = array
+        self._key: Any = Ellipsis
+
+    def __getitem__(self, key: Any) -> _At:
+        self._key = key
+        return self
+
+    def add(self, value: Any) -> mx.array:
+        return self._apply("add", value)
+
+    def subtract(self, value: Any) -> mx.array:
+        return self._apply("subtract", value)
+
+    def multiply(self, value: Any) -> mx.array:
+        return self._apply("multiply", value)
+
+    def divide(self, value: Any) -> mx.array:
+        return self._apply("divide", value)
+
+    def maximum(self, value: Any) -> mx.array:
+        return self._apply("maximum", value)
+
+    def minimum(self, value: Any) -> mx.array:
+        return self._apply("minimum", value)
+
+    def _apply(self, op: str, value: Any) -> mx.array:
+        x, key = self._array, self._key
+        new = None if key is None or key is Ellipsis else _updated(x, key, value, op)
+        if new is not None:
+            return new
+        if isinstance(value, mx.array):
+            value = _in_front(value)
+        return getattr(original(mx.array, "at").fget(x)[_all_widened(key)], op)(value)
+
+
+@intercept(mx.array, "at")
+def at(x: mx.array) -> Any:
+    return _At(x) if _concerned() else original(mx.array, "at").fget(x)
+
+
+def _in_front(value: mx.array) -> mx.array:
+    return fronted(value) if MLX < (0, 32, 4) else value
+
+
+def _all_widened(key: Any) -> Any:
+    return tuple(_widened(k) for k in key) if type(key) is tuple else _widened(key)
+
+
+def _traced(*operands: Any) -> bool:
+    return any(isinstance(x, mx.array) and is_tracer(x) for x in operands)
+
+
+# Windows ----------------------------------------------------------------------------------------
+
+
+def _updated(y: mx.array, key: Any, value: Any, op: str) -> mx.array | None:
+    """`y` with its window at `key` updated; None where MLX's own function is to do it."""
+    found = _window(key, y.shape)
+    if found is None or not _traced(y, value):
+        return None
+    window, dims = found
+    if any(stop is not None and step > 0 and stop <= start for start, stop, step in window):
+        return None
+    if op == "set" and all(b == (0, n, 1) for b, n in zip(window, y.shape)):
+        return None  # of which nothing is left
+    u = _array(value, y.dtype)
+    if op == "subtract":
+        u, op = mx.negative(u), "add"
+    elif op == "divide":
+        u, op = mx.reciprocal(u), "multiply"
+    shape = _placed(u.shape, dims)
+    if shape is None:
+        return None
+    if shape != u.shape:
+        u = mx.reshape(u, shape)
+    return write(y, u.astype(y.dtype), window, op)
+
+
+def _window(key: Any, shape: tuple[int, ...]) -> tuple[Window, list[bool | None]] | None:
+    """The window at `key`, and what its dimensions are in `y[key]`: there, gone, or new (None)."""
+    keys = list(key) if type(key) is tuple else [key]
+    missing = len(shape) - sum(k is not None and k is not Ellipsis for k in keys)
+    dots = [i for i, k in enumerate(keys) if k is Ellipsis]
+    if missing < 0 or len(dots) > 1:
+        return None
+    at = dots[0] if dots else len(keys)
+    keys[at : at + 1] = [slice(None)] * missing
+    window: list[tuple[int, int | None, int]] = []
+    dims: list[bool | None] = []
+    for k in keys:
+        if k is None:
+            dims.append(None)
+            continue
+        n = shape[len(window)]
+        if isinstance(k, slice):
+            start, stop, step = k.indices(n)
+            if not range(start, stop, step):
+                stop, step = start, 1
+            window.append((start, None if stop < 0 else stop, step))
+            dims.append(True)
+            continue
+        if isinstance(k, (mx.array, list, bool)):
+            return None
+        try:
+            i = operator.index(k)
+        except TypeError:
+            return None
+        if not -n <= i < n:
+            return None
+        window.append((i % n, i % n + 1, 1))
+        dims.append(False)
+    return tuple(window), dims
+
+
+def _placed(shape: tuple[int, ...], dims: list[bool | None]) -> tuple[int, ...] | None:
+    """The shape of updates in the dimensions of the array, None where it does not fit."""
+    there = [d for d in dims if d is not False]
+    extra = len(shape) - len(there)
+    if any(n != 1 for n in shape[: max(extra, 0)]):
+        return None
+    sizes = iter((1,) * -extra + shape[max(extra, 0) :])
+    placed: list[int] = []
+    for d in dims:
+        if d is False:
+            placed.append(1)
+            continue
+        n = next(sizes)
+        if d:
+            placed.append(n)
+        elif n != 1:
+            return None
+    return tuple(placed)
+
+
+def _array(value: Any, like: mx.Dtype) -> mx.array:
+    """What MLX makes of a value to be assigned to an array of dtype `like`."""
+    if isinstance(value, mx.array):
+        return value
+    if type(value) is float:
+        return mx.array(value, like if mx.issubdtype(like, mx.floating) else mx.float32)
+    if type(value) is int and like != mx.bool_:
+        return mx.array(value, like)
+    return mx.array(value)
+
+
+# Masks ------------------------------------------------------------------------------------------
+
+
+def _mask(key: Any) -> mx.array | None:
+    if isinstance(key, mx.array):
+        return key if key.dtype == mx.bool_ else None
+    if isinstance(key, (slice, tuple, int, EllipsisType)) and not isinstance(key, bool):
+        return None
+    if isinstance(key, bool) or str(getattr(key, "dtype", "")) == "bool":
+        return mx.array(key)
+    if isinstance(key, list) and key:
+        return _mask(mx.array(key))
+    return None
+
+
+def _set_where(y: mx.array, mask: mx.array, value: Any) -> mx.array:
+    """`y` where the mask is False, else one update after the other."""
+    below = y.shape[mask.ndim :]
+    if mask.shape != y.shape[: mask.ndim]:
+        raise ValueError(
+            f"[array.__setitem__] A mask of shape {mask.shape} does not fit the first dimensions "
+            f"of an array of shape {y.shape}."
+        )
+    u = _array(value, y.dtype).astype(y.dtype)
+    if u.ndim > len(below):
+        if u.ndim > len(below) + 1:
+            raise ValueError(
+                f"[array.__setitem__] Updates of shape {u.shape} are too many for a mask of "
+                f"shape {mask.shape} and an array of shape {y.shape}."
+            )
+        before = mx.cumsum(mx.flatten(mask).astype(mx.int32)) - 1
+        order = mx.minimum(mx.maximum(before, 0), u.shape[0] - 1)
+        u = take(u, mx.reshape(order, mask.shape), 0)
+    return mx.where(mx.reshape(mask, (*mask.shape, *(1,) * len(below))), u, y)

@@ -1,0 +1,136 @@
+"""Windows: the part of an array that ints and slices choose, written to under vmap.
+
+    y[1:, ::-2] = u    x.at[..., 3].add(u)    mx.pad(x, 1)
+
+are one primitive, `write`: a window (a start, a stop and a step for each axis), an operation, and
+updates of the window's shape, or 1 where they are the same all along an axis. A mapped axis is one
+more axis of the window, taken whole.
+
+MLX's batching rule gives unmapped updates an axis of 1, where its kernel reads the size of the
+batch: only the first sample is written. Its vjp writes zeros that are never mapped, so that with
+mapped updates the gradient is wrong in the same way. Before 0.32 its jvp reads tangents out of
+bounds unless both arguments have one.
+
+Source: mlx/primitives.cpp, `SliceUpdate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from ..core import levels
+from ..core.interception import original
+from ..core.primitive import Arrays, Axes, Primitive
+from ..core.versions import MLX, SELECT_JVP_BUG
+
+#: (start, stop, step) of each axis, as a slice has them.
+Window = tuple[tuple[int, "int | None", int], ...]
+
+_OPERATIONS: dict[str, Callable[[mx.array, mx.array], mx.array]] = {
+    "add": mx.add,
+    "multiply": mx.multiply,
+    "maximum": mx.maximum,
+    "minimum": mx.minimum,
+}
+
+
+def key_of(window: Window) -> tuple[slice, ...]:
+    return tuple(slice(*bounds) for bounds in window)
+
+
+def read(x: mx.array, window: Window) -> mx.array:
+    """The window of `x`; MLX's own rules for it are right."""
+    return original(mx.array, "__getitem__")(x, key_of(window))
+
+
+def put(y: mx.array, u: mx.array, window: Window) -> mx.array:
+    """A new array by MLX's own assignment."""
+    new = y.__copy__()  # another handle of the same array
+    original(mx.array, "__setitem__")(new, key_of(window), u)
+    return new
+
+
+def become(y: mx.array, value: mx.array) -> None:
+    """Make `y`, an object that others may hold too, the array that `value` is."""
+    original(mx.array, "__setitem__")(y, None, value)
+
+
+# The primitive ----------------------------------------------------------------------------------
+
+
+def _decomposition(y: mx.array, u: mx.array, *, window: Window, op: str) -> list[mx.array]:
+    if op != "set":
+        u = _OPERATIONS[op](read(y, window), u)
+    return [put(y, u, window)]
+
+
+def _lowering(y: mx.array, u: mx.array, *, window: Window, op: str) -> list[mx.array]:
+    if op == "set" or MLX < (0, 32, 0):  # which would scatter
+        return _decomposition(y, u, window=window, op=op)
+    return [getattr(original(mx.array, "at").fget(y)[key_of(window)], op)(u)]
+
+
+def _batch(
+    size: int, arrays: Arrays, axes: Axes, *, window: Window, op: str
+) -> tuple[list[mx.array], list[int]]:
+    (y, u), (axis, from_axis) = arrays, axes
+    if axis is None:
+        axis, y = 0, mx.broadcast_to(y, (size, *y.shape))
+    if from_axis is None:
+        u = mx.expand_dims(u, axis)
+    elif from_axis != axis:
+        u = mx.moveaxis(u, from_axis, axis)
+    window = (*window[:axis], (0, size, 1), *window[axis:])
+    return [write(y, u, window, op)], [axis]
+
+
+def _vjp(
+    primals: Arrays, cotangents: Arrays, outputs: Arrays, *, window: Window, op: str
+) -> list[mx.array]:
+    (y, u), ct, out = primals, cotangents[0], outputs[0]
+    part = read(ct, window)
+    if op == "set":
+        to_y = write(ct, mx.zeros((1,) * ct.ndim, ct.dtype), window, "set")
+    elif op == "add":
+        to_y = ct
+    elif op == "multiply":
+        to_y = write(ct, u, window, "multiply")
+        part = part * read(y, window)
+    else:  # the whole cotangent goes to each of two equals
+        zero = mx.zeros((), ct.dtype)
+        to_y = mx.where(mx.equal(out, y), ct, zero)
+        part = mx.where(mx.equal(read(out, window), u), part, zero)
+    return [to_y, _sum_to(part, u.shape)]
+
+
+def _jvp(primals: Arrays, tangents: Any, *, window: Window, op: str) -> list[mx.array]:
+    if op not in ("set", "add"):
+        raise ValueError(f"[array.at.{op}] MLX has no forward derivative of it.")
+    to_y, to_u = (mx.zeros_like(x) if t is None else t for x, t in zip(primals, tangents))
+    return [write(to_y, to_u, window, op)]
+
+
+def _sum_to(x: mx.array, shape: tuple[int, ...]) -> mx.array:
+    axes = [i for i, (n, m) in enumerate(zip(x.shape, shape)) if n != m]
+    return mx.sum(x, axis=axes, keepdims=True) if axes else x
+
+
+_write = Primitive(
+    "array.__setitem__",
+    decomposition=_decomposition,
+    lowering=_lowering,
+    batch=_batch,
+    vjp=_vjp,
+    jvp=_jvp,
+)
+
+
+def write(y: mx.array, u: mx.array, window: Window, op: str) -> mx.array:
+    """`y` with `u` set, added, … in the window; `u` has as many dimensions, and `y`'s dtype."""
+    stack = levels.active()
+    if SELECT_JVP_BUG and "jvp" in stack and "vmap" not in stack:
+        return _write.differentiable(y, u, window=window, op=op)[0]
+    return _write(y, u, window=window, op=op)[0]
