@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ class Case:
     fun: Callable[..., Any]
     arrays: tuple[Any, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    module: str = ""  # where the case is written
 
 
 def case(name: str, fun: Callable[..., Any], *arrays: Any, **options: Any) -> None:
@@ -29,7 +31,7 @@ def case(name: str, fun: Callable[..., Any], *arrays: Any, **options: Any) -> No
     variant after a slash where there are several ("conv2d/grouped").
     """
     assert name not in CASES, f"{name} is there twice"
-    CASES[name] = Case(_late(fun), arrays, options)
+    CASES[name] = Case(_late(fun), arrays, options, sys._getframe(1).f_globals["__name__"])
 
 
 def _late(fun: Callable[..., Any]) -> Callable[..., Any]:
