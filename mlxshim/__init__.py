@@ -21,6 +21,12 @@ from .transforms.collectives import pmin as pmin
 from .transforms.collectives import ppermute as ppermute
 from .transforms.collectives import psum as psum
 from .transforms.collectives import psum_scatter as psum_scatter
+from .transforms.jacobians import hessian as hessian
+from .transforms.jacobians import hvp as hvp
+from .transforms.jacobians import jacfwd as jacfwd
+from .transforms.jacobians import jacobian as jacobian
+from .transforms.jacobians import jacrev as jacrev
+from .transforms.jacobians import vhp as vhp
 from .transforms.linear import jvp as jvp
 from .transforms.linear import linear_transpose as linear_transpose
 from .transforms.linear import linearize as linearize
@@ -36,6 +42,11 @@ __all__ = [
     "axis_size",
     "grad",
     "grad_and_value",
+    "hessian",
+    "hvp",
+    "jacfwd",
+    "jacobian",
+    "jacrev",
     "jvp",
     "linear_transpose",
     "linearize",
@@ -47,6 +58,7 @@ __all__ = [
     "psum",
     "psum_scatter",
     "value_and_grad",
+    "vhp",
     "vjp",
     "vmap",
 ]

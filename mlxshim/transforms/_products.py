@@ -7,6 +7,10 @@ function besides the differentiated outputs has no derivative further out: here 
 For complex arrays MLX's pullback is that of the conjugate Jacobian, J^H c, as PyTorch's is. The
 transpose J^T c of JAX is the conjugate of what MLX answers to the conjugate of c.
 
+Some operations, a scatter among them, so every gradient of an index, have no forward mode. The
+transpose of the pullback stands in for it (Townsend, "A new trick for calculating Jacobian vector
+products", 2017).
+
 Source: mlx/transforms.cpp (`vjp`, `jvp`).
 """
 
@@ -61,12 +65,7 @@ class Traced:
 
     def push(self, tangents: Sequence[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
         """(outputs, J t for each of them)."""
-        arrays = self.primals.arrays
-        if not arrays:
-            outputs = self.run()
-            return outputs, [mx.zeros_like(y) for y in outputs]
-        pushed: Any = mx.jvp(at_level("jvp", self.run), arrays, tangents)  # pyright: ignore
-        return pushed
+        return push(self.run, self.primals.arrays, tangents)
 
 
 def pull(run: Flat, primals: Sequence[mx.array], cotangents: Sequence[mx.array]) -> list[mx.array]:
@@ -79,6 +78,37 @@ def pull(run: Flat, primals: Sequence[mx.array], cotangents: Sequence[mx.array])
     seeds = [mx.expand_dims(conjugate(c), 0) for c in cotangents]
     pulled = mx.vjp(at_level("grad", body), list(primals), seeds)[1]
     return [conjugate(g) for g in pulled]
+
+
+def push(
+    run: Flat, primals: Sequence[mx.array], tangents: Sequence[mx.array]
+) -> tuple[list[mx.array], list[mx.array]]:
+    """(outputs, J t for each of them); `run` draws the same in every call."""
+    if not primals:
+        outputs = run()
+        return outputs, [mx.zeros_like(y) for y in outputs]
+    try:
+        return mx.jvp(at_level("jvp", run), list(primals), list(tangents))
+    except (ValueError, RuntimeError) as e:
+        if not any(words in str(e) for words in _NO_FORWARD_MODE):
+            raise
+
+    # The pullback is linear in its cotangents, and the transpose of it is the tangent map.
+    def pulled(*cotangents: mx.array) -> list[mx.array]:
+        return pull(run, primals, cotangents)
+
+    outputs = run(*primals)
+    return outputs, pull(pulled, [mx.zeros_like(y) for y in outputs], tangents)
+
+
+#: What MLX says of an operation that has a reverse mode and no forward mode.
+_NO_FORWARD_MODE = (
+    "jvp] Not implemented",
+    "JVP not yet implemented",
+    "jvp NYI",
+    "JVP is not implemented",
+    "JVP for product, minimum and maximum not implemented",
+)
 
 
 def conjugate(x: mx.array) -> mx.array:

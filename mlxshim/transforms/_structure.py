@@ -40,13 +40,13 @@ class Fixed:
 class Parts:
     """A tree taken apart into `arrays`, which have a derivative, and everything else.
 
-    `what(path)` names a leaf for errors. Python floats, complex numbers and NumPy arrays become
-    arrays; what is no number is refused.
+    `names(path)` is who complains of a leaf, and the leaf's name. Python floats, complex numbers
+    and NumPy arrays become arrays; what is no number is refused.
     """
 
-    def __init__(self, tree: Any, what: Callable[[trees.Path], str]) -> None:
+    def __init__(self, tree: Any, names: Callable[[trees.Path], tuple[str, str]]) -> None:
         self.arrays: list[mx.array] = []
-        self.what = what
+        self.names = names
         self.integers = False
         self.tree = self._walk(tree, (), False)
 
@@ -76,6 +76,15 @@ class Parts:
         self.integers = self.integers or not module
         return Fixed(x) if module else x
 
+    def what(self, path: trees.Path) -> str:
+        """A leaf as the beginning of a sentence."""
+        tag, name = self.names(path)
+        return f"[{tag}] {name[:1].upper()}{name[1:]}"
+
+    def _of(self, what: str, path: trees.Path) -> str:
+        tag, name = self.names(path)
+        return f"[{tag}] The {what} of {name}"
+
     @property
     def complex(self) -> bool:
         return any(x.dtype == mx.complex64 for x in self.arrays)
@@ -94,11 +103,13 @@ class Parts:
         """The tree around gradients or tangents: zeros for integers, None for what is fixed."""
         return self.map_holes(lambda n: arrays[n])
 
-    def map_holes(self, fun: Callable[[int], Any]) -> Any:
+    def map_holes(
+        self, fun: Callable[[int], Any], integer: Callable[[mx.array], Any] = mx.zeros_like
+    ) -> Any:
         def leaf(x: Any) -> Any:
             if type(x) is Hole:
                 return fun(x.index)
-            return mx.zeros_like(x) if isinstance(x, mx.array) else None
+            return integer(x) if isinstance(x, mx.array) else None
 
         return trees.map_leaves(leaf, self.tree)
 
@@ -131,28 +142,28 @@ class Parts:
             ):
                 return
             raise ArgumentError(
-                f"The {what} of {self.what(path)}, which is {node.dtype}, must be None or zeros of "
+                f"{self._of(what, path)}, which is {node.dtype}, must be None or zeros of "
                 f"its shape and dtype, found {describe(other)}: integers have no derivative."
             )
         below, others = trees.children(node), trees.children(other)
         if below is None:
             if other is not None:
                 raise ArgumentError(
-                    f"{self.what(path)} is {node!r}, so its {what} must be None, found "
+                    f"{self._of(what, path)}, which is {node!r}, must be None, found "
                     f"{describe(other)}."
                 )
             return
         same_kind = type(other) is kind or (is_module(node) and isinstance(other, dict))
         if others is None or not same_kind or len(others) != len(below):
             raise ArgumentError(
-                f"The {what} must be a tree like {self.what(path)}, which is {describe(node)}: "
-                f"found {describe(other)}."
+                f"{self._of(what, path)} must be a tree like it, {describe(node)}: found "
+                f"{describe(other)}."
             )
         if isinstance(node, dict):
             if set(node) != set(other):
                 raise ArgumentError(
-                    f"The {what} must be a tree like {self.what(path)}, which has keys "
-                    f"{list(node)}: found {list(other)}."
+                    f"{self._of(what, path)} must be a tree like it, with keys {list(node)}: found "
+                    f"{list(other)}."
                 )
             others = [(key, other[key]) for key, _ in below]
         for (key, child), (_, its) in zip(below, others):
@@ -164,7 +175,7 @@ class Parts:
         y = as_array(other)
         if y is None or y.shape != x.shape or y.dtype != x.dtype:
             raise ArgumentError(
-                f"The {what} of {self.what(path)} must have its shape {tuple(x.shape)} and dtype "
+                f"{self._of(what, path)} must have its shape {tuple(x.shape)} and dtype "
                 f"{name_of(x.dtype)}, found {describe(other if y is None else y)}."
             )
         return y
@@ -213,25 +224,22 @@ def describe(node: Any) -> str:
 
 def argument_namer(
     tag: str, fun: Callable[..., Any], numbers: Sequence[int] | None = None
-) -> Callable[[trees.Path], str]:
+) -> Callable[[trees.Path], tuple[str, str]]:
     """Names a leaf of a tuple of positional arguments as the caller knows it."""
 
-    def name(path: trees.Path) -> str:
+    def name(path: trees.Path) -> tuple[str, str]:
         if not path:
-            return f"[{tag}] the tuple of arguments"
+            return tag, "the tuple of arguments"
         first, *keys = path
         if isinstance(first, int):
             first = parameter(fun, first if numbers is None else numbers[first])
-        return f"[{tag}] Argument {first}" + "".join(f"[{key!r}]" for key in keys)
+        return tag, f"argument {first}" + "".join(f"[{key!r}]" for key in keys)
 
     return name
 
 
-def output_namer(tag: str) -> Callable[[trees.Path], str]:
-    def name(path: trees.Path) -> str:
-        return f"[{tag}] The function's output" + "".join(f"[{key!r}]" for key in path)
-
-    return name
+def output_namer(tag: str) -> Callable[[trees.Path], tuple[str, str]]:
+    return lambda path: (tag, "the function's output" + "".join(f"[{key!r}]" for key in path))
 
 
 def parameter(fun: Callable[..., Any], number: int) -> str:

@@ -333,11 +333,11 @@ class _Gradient:
         # MLX answers a list in the order of the arguments.
         return sorted(numbers) if isinstance(self.argnums, list) else numbers
 
-    def _namer(self, numbers: Sequence[int]) -> Callable[[trees.Path], str]:
-        def name(path: trees.Path) -> str:
+    def _namer(self, numbers: Sequence[int]) -> Callable[[trees.Path], tuple[str, str]]:
+        def name(path: trees.Path) -> tuple[str, str]:
             kind, which, *keys = path
             which = which if kind else parameter(self.fun, numbers[which])
-            return f"[{self.tag}] Argument {which}" + "".join(f"[{key!r}]" for key in keys)
+            return self.tag, f"argument {which}" + "".join(f"[{key!r}]" for key in keys)
 
         return name
 

@@ -11,7 +11,8 @@ from ..core.errors import ArgumentError
 from ..core.interception import intercepted
 from ..core.levels import at_level
 from ..core.primitive import Node
-from ._products import Traced, copies
+from ..core.replay import same_draws
+from ._products import Traced, copies, pull, push
 from ._structure import Parts, argument_namer, describe, name_of
 from .vmap import vmap
 
@@ -186,12 +187,34 @@ def jvp(fun: Callable[..., Any], primals: Any, tangents: Any, has_aux: bool = Fa
     Source: `jax.jvp`, `torch.func.jvp`; mlx/transforms.cpp, `jvp`.
     """
     if not has_aux and _are_lists((primals, tangents)):
-        return mx.jvp(at_level("jvp", fun), primals, tangents)
+        return _jvp_of_lists(fun, primals, tangents)
     inputs, flat = _along(fun, primals, tangents, "jvp")
     traced = Traced(fun, inputs, "jvp", has_aux)
     arrays, pushed = traced.push(flat)
     output, tangent = traced.outputs.fill(arrays), traced.outputs.derivatives(pushed)
     return (output, tangent, traced.aux) if has_aux else (output, tangent)
+
+
+def _jvp_of_lists(
+    fun: Callable[..., Any], primals: list[mx.array], tangents: list[mx.array]
+) -> tuple[Arrays, Arrays]:
+    if len(primals) != len(tangents):
+        raise ArgumentError(
+            f"[jvp] There are {len(primals)} primals and {len(tangents)} tangents: each primal "
+            "needs one."
+        )
+    for n, (x, t) in enumerate(zip(primals, tangents)):
+        if x.shape != t.shape:
+            raise ArgumentError(
+                f"[jvp] Tangent {n} has shape {tuple(t.shape)}, but its primal has shape "
+                f"{tuple(x.shape)}."
+            )
+
+    def run(*arrays: mx.array) -> Arrays:
+        result = fun(*arrays)
+        return [result] if isinstance(result, mx.array) else result
+
+    return push(same_draws(run), primals, tangents)
 
 
 def _along(
@@ -332,8 +355,6 @@ def _only_inexact(parts: Parts, tag: str) -> None:
 
 def _depends_on_the_point(traced: Traced) -> bool:
     """Whether the pullback is a function of the primals: by the trace, without any value."""
-    from ._products import pull
-
     depends: list[bool] = []
 
     def rule(y: mx.array, axis: int) -> tuple[mx.array, int]:
