@@ -1,6 +1,6 @@
 """Fused operations under vmap and vmap(grad): by hand, mlxshim, mx.vmap.
 
-    python -m benchmarks.operations [--json FILE] [--only NAME,...]
+    python -m benchmarks.operations [--json FILE] [--png FILE] [--only NAME,...]
 
 Norms and rope at (16, 2048, 4096), matmuls by quantized weights, the gradient of attention at a
 ragged length against the next multiple of 128, and convolutions with a weight, or a gradient of it,
@@ -170,11 +170,26 @@ def sections() -> dict[str, Callable[[], Contenders]]:
     }
 
 
+def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
+    import matplotlib.pyplot as plt
+
+    sections = list(dict.fromkeys(row["section"] for row in rows))
+    figure, grid = plt.subplots(3, -(-len(sections) // 3), figsize=(16, 9), squeeze=False)
+    for axis, section in zip(grid.flat, sections):
+        some = [r for r in rows if r["section"] == section and "ms" in r]
+        axis.barh([r["contender"] for r in some][::-1], [r["ms"] for r in some][::-1])
+        axis.set(title=section, xlabel="ms")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--json")
+    parser.add_argument("--png")
     parser.add_argument("--only", default="", help="names, or beginnings of them")
     parser.add_argument("--repeats", type=int, default=30)
     options = parser.parse_args()
@@ -211,6 +226,8 @@ def main() -> None:
             )
     if options.json:
         Path(options.json).write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    if options.png:
+        draw(rows, options.png, f"{about['device']}, MLX {mx.__version__}")
 
 
 if __name__ == "__main__":

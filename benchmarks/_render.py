@@ -1,0 +1,167 @@
+"""docs/performance.md, from the JSON of every benchmark."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+
+HEADER = """# Performance
+
+Written by `python -m benchmarks` from the files in [benchmarks/](benchmarks/); every number is one
+that a command below measured, with its competitors in the same run. `alone` is the median time of
+one call that is traced, evaluated and waited for; `piped` a call's share of several that are waited
+for once, as in a training loop. Memory is the peak above the inputs.
+"""
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    head = list(head)
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def number(row: Result, key: str, unit: str, digits: int = 2) -> str:
+    value = row.get(key)
+    return "" if value is None else f"{value:.{digits}f} {unit}".strip()
+
+
+def by_section(result: Result, key: str = "section") -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for row in result["rows"]:
+        found.setdefault(str(row[key]), []).append(row)
+    return found
+
+
+def trace(result: Result) -> str:
+    head = ("", "contender", "time", "against mx.vmap", "nodes that compute", "views")
+    return table(
+        head,
+        (
+            (
+                row["section"], row["contender"], number(row, "ms", "ms", 3) or row.get("note"),
+                number(row, "ratio", "x"), row.get("nodes", ""), row.get("views", ""),
+            )
+            for row in result["rows"]
+        ),
+    )  # fmt: skip
+
+
+def attention(result: Result) -> str:
+    names = list(dict.fromkeys(row["contender"] for row in result["rows"]))
+    text = []
+    for section, rows in by_section(result).items():
+        lengths = list(dict.fromkeys(row["length"] for row in rows))
+        found = {(row["length"], row["contender"]): row for row in rows}
+        used = [name for name in names if any((n, name) in found for n in lengths)]
+
+        def cell(length: int, name: str, found: Any = found) -> str:
+            row = found.get((length, name), {})
+            if "ms" not in row:
+                return str(row.get("note", ""))
+            return f"{row['ms']:.2f} / {row['pipelined_ms']:.2f} ms, {row['mib']:.0f} MiB"
+
+        body = ((n, *(cell(n, name) for name in used)) for n in lengths)
+        text.append(f"**{section}** (alone / piped)\n\n{table(('L', *used), body)}")
+    return "\n\n".join(text)
+
+
+def operations(result: Result) -> str:
+    head = ("", "contender", "alone", "piped", "memory")
+    return table(
+        head,
+        (
+            (
+                row["section"], row["contender"], number(row, "ms", "ms") or row.get("note"),
+                number(row, "pipelined_ms", "ms"), number(row, "mib", "MiB", 0),
+            )
+            for row in result["rows"]
+        ),
+    )  # fmt: skip
+
+
+def scaling(result: Result) -> str:
+    head = ("series", "varies", "from", "to", "slope of time", "slope of memory", "theory")
+
+    def ends(row: Result) -> str:
+        return f"{row['size']}: {row['ms']:.2f} ms, {row['mib']:.1f} MiB"
+
+    rows = [
+        (
+            name, one["varies"], ends(one["rows"][0]), ends(one["rows"][-1]),
+            f"{one['slopes']['ms']:.2f}", f"{one['slopes']['mib']:.2f}", one["theory"],
+        )
+        for name, one in result["series"].items()
+    ]  # fmt: skip
+    text = table(head, rows)
+    if result.get("soak"):
+        first, last = result["soak"][0], result["soak"][-1]
+        text += (
+            f"\n\nSoak: after {first['calls']} calls MLX holds {first['mlx_mib']:.2f} MiB and the "
+            f"process {first['process_mib']:.1f}, after {last['calls']} {last['mlx_mib']:.2f} and "
+            f"{last['process_mib']:.1f}."
+        )
+    return text
+
+
+def peers(result: Result) -> str:
+    from .peers import report
+
+    return report(result["rows"]).strip()
+
+
+def models(result: Result) -> str:
+    head = ("contender", "alone", "piped", "trace", "memory")
+    rows = result["rows"]
+    return table(
+        head,
+        (
+            (
+                row["contender"], number(row, "ms", "ms") or row.get("note"),
+                number(row, "pipelined_ms", "ms"), number(row, "trace_ms", "ms"),
+                number(row, "mib", "MiB", 0),
+            )
+            for row in rows
+        ),
+    )  # fmt: skip
+
+
+def plain(result: Result) -> str:
+    """Rows of a benchmark that says itself which columns it has."""
+    return table(
+        result["columns"], ([row.get(c, "") for c in result["columns"]] for row in result["rows"])
+    )
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "trace": ("The cost of a trace", trace),
+    "attention": ("Attention", attention),
+    "operations": ("Fused operations", operations),
+    "scaling": ("Scaling", scaling),
+    "models": ("Per-sample and clipped gradients of a model", models),
+    "peers": ("Peers", peers),
+}
+
+
+def render(folder: Path) -> str:
+    text = [HEADER]
+    for name, (title, section) in SECTIONS.items():
+        files = sorted(folder.glob(f"{name}-*.json"))
+        if not files:
+            continue
+        text.append(f"## {title}\n")
+        for file in files:
+            result = json.loads(file.read_text())
+            versions = ", ".join(
+                f"{key} {result[key]}" for key in ("mlx", "torch", "jax") if result.get(key)
+            )
+            text.append(f"### {result['device']}, {versions}\n\n    {result['command']}\n")
+            text.append(section(result) + "\n")
+            image = file.with_suffix(".png")
+            if image.exists():
+                text.append(f"![{title}](benchmarks/{image.name})\n")
+    return "\n".join(text)
