@@ -307,3 +307,15 @@ def test_a_loop_over_empty_samples():
 
     with pytest.warns(mlxshim.PerformanceWarning):
         assert vmap(f)(mx.zeros((2, 0))).shape == (2, 0)
+
+
+def test_an_unmapped_argument_is_not_copied():
+    w, x = mx.random.normal((1024, 1024)), mx.random.normal((2, 1024))
+    mapped = mlxshim.vmap(lambda w, x: x @ w["w"], in_axes=(None, 0))
+    mx.eval(mapped({"w": w}, x))
+    mx.synchronize()
+    active = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(mapped({"w": w}, x))
+    mx.synchronize()
+    assert mx.get_peak_memory() - active < w.nbytes / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -129,8 +130,9 @@ class Inputs:
         def fill(leaf: Any) -> Any:
             if type(leaf) is Slot:
                 return samples[leaf.index]
-            # What the function does to an array in place is not done to the caller's.
-            return mx.array(leaf) if isinstance(leaf, mx.array) else leaf
+            # What the function does to an array in place is not done to the caller's: another
+            # array object of the same memory. mx.array(leaf) would copy it, from 0.32 on.
+            return copy.copy(leaf) if isinstance(leaf, mx.array) else leaf
 
         args = tuple(
             samples[arg.index] if type(arg) is Slot else trees.map_leaves(fill, arg)
