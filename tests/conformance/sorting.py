@@ -79,4 +79,3 @@ case("searchsorted/right", _search(side="right"), ascending(6, high=4), integers
 case("searchsorted/ties", _search(), ascending(6, high=4), integers(5))
 case("searchsorted/scalar", _search(), ascending(8), normal())
 case("searchsorted/one", _search(side="right"), ascending(1), normal(3))
-case("searchsorted/number", lambda a: mx.searchsorted(a, 0.1), ascending(5))

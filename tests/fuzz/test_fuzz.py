@@ -26,6 +26,7 @@ PRECISION, CALLS = 2e-4, 1
 """
 
 
+@pytest.mark.skipif(MLX < (0, 32, 0), reason="random programs still find faults on MLX 0.31")
 @pytest.mark.parametrize("family", sorted(OPERATIONS))
 def test_random_programs_equal_the_loop(family: str):
     # Before 0.32 MLX's own jvp of one sample is wrong: nothing to compare with.
