@@ -9,11 +9,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from ..transforms.vmap import _settle
 from ._samples import Samples
-from .gradients import joined
+from .gradients import arrays_of, joined
 
 #: Entries of the random matrix that are in memory at a time.
 _BLOCK = 2**22
@@ -42,7 +41,7 @@ def random_projection(gradients: Any, dimension: int, *, seed: int = 0) -> mx.ar
     """
     key = mx.random.key(seed)
     total: mx.array | None = None
-    for _, leaf in tree_flatten(gradients):
+    for leaf in arrays_of(gradients):
         flat = mx.reshape(leaf, (leaf.shape[0], -1)).astype(mx.float32)
         step = max(1, _BLOCK // dimension)
         for start in range(0, flat.shape[1], step):

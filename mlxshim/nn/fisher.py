@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from ..transforms.vmap import _settle
 from ._samples import Samples
-from .gradients import joined
+from .gradients import arrays_of, joined
 
 Tree = Any
 
@@ -110,7 +110,7 @@ class Laplace(NamedTuple):
             networks").
         """
         total = -loss.astype(mx.float32)
-        for (_, mean), (_, precision) in zip(tree_flatten(self.mean), tree_flatten(self.precision)):
+        for mean, precision in zip(arrays_of(self.mean), arrays_of(self.precision)):
             total = total - 0.5 * self.prior_precision * mx.sum(mx.square(mean.astype(mx.float32)))
             total = total + 0.5 * mean.size * math.log(self.prior_precision)
             total = total - 0.5 * mx.sum(mx.log(precision))

@@ -92,7 +92,7 @@ def stack_adapters(adapters: Sequence[Tree]) -> Tree:
     adapters = list(adapters)
     if not adapters:
         raise ValueError("[stack_adapters] There must be at least one adapter.")
-    return tree_map(lambda *leaves: mx.stack(leaves), *adapters)
+    return tree_map(lambda *leaves: mx.stack(list(leaves)), *adapters)
 
 
 def per_row(model: nn.Module, adapters: Tree, *, in_axes: Any = 0) -> Callable[..., Any]:
