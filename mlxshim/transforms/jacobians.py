@@ -265,9 +265,9 @@ def hessian(
     Example:
         >>> import mlx.core as mx
         >>> from mlxshim import hessian
-        >>> hessian(lambda x: x[0] ** 2 * x[1])(mx.array([3.0, 2.0]))
-        array([[4, 6],
-               [6, 0]], dtype=float32)
+        >>> hessian(lambda x: (x * x.sum() ** 2).sum())(mx.array([1.0, 2.0]))
+        array([[18, 18],
+               [18, 18]], dtype=float32)
 
     Source: `jax.hessian`, `torch.func.hessian`.
     """
