@@ -32,7 +32,7 @@ class Interception:
         self.owner, self.name, self.handler, self.outside = owner, name, handler, outside
         self.original: Any = getattr(owner, name)
         self.stand_in = self._new_stand_in()
-        levels.stand_ins[id(self.original)] = self.stand_in
+        levels.stands_in(self.stand_in, self.original)
 
     def _new_stand_in(self) -> Any:
         of_property = isinstance(self.original, property)
@@ -59,7 +59,7 @@ class Interception:
         if current is not self.original:
             self.original = current
             self.stand_in = self._new_stand_in()
-            levels.stand_ins[id(current)] = self.stand_in
+            levels.stands_in(self.stand_in, current)
 
 
 class _Module:

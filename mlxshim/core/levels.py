@@ -56,16 +56,22 @@ _levels = _Levels()
 
 
 #: What stands in for a function of MLX's, by that function's id: one that a transform is given
-#: itself, as in `vmap(mx.sort)`, is looked up here and not as an attribute.
-stand_ins: dict[int, Callable[..., Any]] = {}
+#: itself, as in `vmap(mx.sort)`, is looked up here and not as an attribute. The function is kept
+#: beside it, so that nothing else can come to have its id.
+_stand_ins: dict[int, tuple[Any, Callable[..., Any]]] = {}
+
+
+def stands_in(stand_in: Callable[..., Any], fun: Any) -> None:
+    """From now on `stand_in` is what a transform runs that is given `fun`."""
+    _stand_ins[id(fun)] = fun, stand_in
 
 
 def _standing_in(fun: Callable[..., R]) -> Callable[..., R]:
-    found = stand_ins.get(id(fun))
+    found = _stand_ins.get(id(fun))
     if found is not None:
-        return found
-    if isinstance(fun, functools.partial) and id(fun.func) in stand_ins:
-        return functools.partial(stand_ins[id(fun.func)], *fun.args, **fun.keywords)
+        return found[1]
+    if isinstance(fun, functools.partial) and id(fun.func) in _stand_ins:
+        return functools.partial(_standing_in(fun.func), *fun.args, **fun.keywords)
     return fun
 
 

@@ -19,5 +19,7 @@ from . import slices as slices
 from . import spectral as spectral
 from . import views as views
 
+if MLX < (0, 32, 4):
+    from . import sorting as sorting
 if MLX < (0, 32, 0):
     from . import plain_0_31 as plain_0_31

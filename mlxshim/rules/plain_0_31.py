@@ -106,15 +106,6 @@ def _power(owner: Any, name: str) -> None:
     def power(a: Any, b: Any, *args: Any, **kwargs: Any) -> mx.array:
         if isinstance(a, mx.array) and isinstance(b, mx.array) and "jvp" in levels.active():
             _refuse("power", "jvp", "its tangent of two arrays is wrong there")
-        stack = levels.active()
-        if isinstance(a, mx.array) and "jvp" in stack and "grad" in stack:
-            # The derivative of its derivative is a selection, whose jvp crashes.
-            if b not in (1, 2, 3, 4):
-                _refuse("power", "jvp of grad", "its second derivative crashes there")
-            out = a
-            for _ in range(int(b) - 1):
-                out = out * a
-            return out
         return original(owner, name)(a, b, *args, **kwargs)
 
 

@@ -9,7 +9,7 @@ from conformance.worker import Worker
 from mlxshim.core.versions import MLX
 
 #: Families whose cases MLX 0.31 still fails, some by a crash: to be emptied.
-UNREPAIRED_0_31 = {"conformance.indexing", "conformance.sorting"}
+UNREPAIRED_0_31 = {"conformance.indexing"}
 
 
 @pytest.fixture(scope="session")

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import selectors
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
+from processes import Process
+
 _NOT_BEGUN = "loop -1"
-TESTS = Path(__file__).resolve().parents[1]
 
 
 class Worker:
@@ -21,16 +18,15 @@ class Worker:
     def __init__(
         self, transforms: str = "mlxshim", limit: float = 60, server: str = __name__
     ) -> None:
-        self.transforms, self.limit, self.server = transforms, limit, server
-        self.process: subprocess.Popen[bytes] | None = None
-        self.buffer = b""
+        self._process = Process(server, transforms, limit=limit)
+        self.close = self._process.close
 
     def run(self, name: str) -> list[dict[str, Any]]:
         """The outcome of each case of one operation, in the words of `mlxshim.testing.Result`."""
         results: list[dict[str, Any]] = []
         start, blind = 0, -1
         while True:
-            fresh = self.process is None
+            fresh = self._process.process is None
             stage, done, death = self._attempt(name, start, blind, results)
             if done:
                 return results
@@ -49,18 +45,12 @@ class Worker:
     def _attempt(
         self, name: str, start: int, blind: int, results: list[dict[str, Any]]
     ) -> tuple[str, bool, str]:
-        process = self.process or self._start()
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps([name, start, blind]).encode() + b"\n")
-            process.stdin.flush()
+        self._process.ask([name, start, blind])
         stage = _NOT_BEGUN
         while True:
-            line = self._line(process)
-            if line is None:
-                code = process.poll()
-                self.close()
-                return stage, False, "HANG" if code is None else f"DIED ({process.returncode})"
+            line = self._process.line()
+            if not isinstance(line, dict):
+                return stage, False, "HANG" if line is None else f"DIED ({line})"
             if "done" in line:
                 return stage, True, ""
             if "stage" in line:
@@ -69,40 +59,6 @@ class Worker:
                 raise RuntimeError(line["raised"])
             else:
                 results.append(line)
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        self.buffer = b""
-        paths = (str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH"))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", self.server, self.transforms],
-            cwd=TESTS,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        return self.process
-
-    def _line(self, process: subprocess.Popen[bytes]) -> dict[str, Any] | None:
-        assert process.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            while b"\n" not in self.buffer:
-                if not selector.select(self.limit):
-                    return None
-                chunk = os.read(process.stdout.fileno(), 1 << 16)
-                if not chunk:
-                    process.wait()
-                    return None
-                self.buffer += chunk
-        line, self.buffer = self.buffer.split(b"\n", 1)
-        return json.loads(line)
-
-    def close(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            with self.process:  # waits, and closes the pipes
-                self.process = None
 
 
 def _serve(transforms: str) -> None:

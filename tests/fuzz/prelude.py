@@ -113,7 +113,9 @@ def _product(transform, g, argnums, count):
             full = list(xs)
             for i, x in zip(argnums, some):
                 full[i] = x
-            return [y for y in g(*full) if mx.issubdtype(y.dtype, mx.floating)]
+            outputs = [y for y in g(*full) if mx.issubdtype(y.dtype, mx.floating)]
+            # mx.vjp drops the second cotangent of an output that is there twice.
+            return [y * 1 for y in outputs] if transform is mx.vjp else outputs
 
         return _flat(transform(of_some, [xs[i] for i in argnums], vectors))
 

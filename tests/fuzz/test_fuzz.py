@@ -26,11 +26,13 @@ PRECISION, CALLS = 2e-4, 1
 """
 
 
-@pytest.mark.skipif(MLX < (0, 32, 0), reason="random programs still find faults on MLX 0.31")
 @pytest.mark.parametrize("family", sorted(OPERATIONS))
 def test_random_programs_equal_the_loop(family: str):
-    # Before 0.32 MLX's own jvp of one sample is wrong: nothing to compare with.
-    kinds = [k for k in KINDS if MLX >= (0, 32, 0) or k != "jvp"]
+    # Before 0.32 MLX's own jvp of one sample is wrong: nothing to compare with. What 0.31.1
+    # compiles for a CPU is wrong without a transform (docs/mlx-issues.md).
+    wrong = {"jvp"} if MLX < (0, 32, 0) else set()
+    wrong |= {"compile"} if MLX < (0, 31, 2) else set()
+    kinds = [k for k in KINDS if k not in wrong]
     search = Search({family, "elementwise"}, kinds=kinds)
     search.run(50)
     assert search.failing is None, "\n".join(search.failing or ())

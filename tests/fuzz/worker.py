@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import selectors
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
-TESTS = Path(__file__).resolve().parents[1]
+from processes import Process
 
 
 class Verdict(NamedTuple):
@@ -25,22 +22,16 @@ class Worker:
     """A process that runs programs by their text, started anew after every death."""
 
     def __init__(self, limit: float = 60) -> None:
-        self.limit = limit
-        self.process: subprocess.Popen[bytes] | None = None
-        self.buffer = b""
+        self._process = Process("fuzz.worker", limit=limit)
+        self.close = self._process.close
 
     def run(self, program: str) -> Verdict:
-        process = self.process or self._start()
-        assert process.stdin is not None
-        process.stdin.write(json.dumps(program).encode() + b"\n")
-        process.stdin.flush()
+        self._process.ask(program)
         stage, warned = "", []
         while True:
-            line = self._line(process)
-            if line is None:
-                code = process.poll()
-                self.close()
-                end = "hangs" if code is None else f"dies ({process.returncode})"
+            line = self._process.line()
+            if not isinstance(line, dict):
+                end = "hangs" if line is None else f"dies ({line})"
                 # Where MLX itself dies of one sample there is nothing to compare with.
                 return Verdict("", f"the loop {end}") if stage == "loop" else Verdict(end)
             if "verdict" in line:
@@ -50,40 +41,6 @@ class Worker:
             stage = line["stage"]
             if stage.startswith("warned "):
                 warned.append(stage.removeprefix("warned "))
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        self.buffer = b""
-        path = f"{TESTS.parent}{os.pathsep}{TESTS}"
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "fuzz.worker"],
-            cwd=TESTS,
-            env={**os.environ, "PYTHONPATH": path},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        return self.process
-
-    def _line(self, process: subprocess.Popen[bytes]) -> dict[str, Any] | None:
-        assert process.stdout is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            while b"\n" not in self.buffer:
-                if not selector.select(self.limit):
-                    return None
-                chunk = os.read(process.stdout.fileno(), 1 << 16)
-                if not chunk:
-                    process.wait()
-                    return None
-                self.buffer += chunk
-        line, self.buffer = self.buffer.split(b"\n", 1)
-        return json.loads(line)
-
-    def close(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            with self.process:  # waits, and closes the pipes
-                self.process = None
 
 
 def _serve() -> None:
