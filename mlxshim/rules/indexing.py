@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from ..core import levels
 from ..core.interception import intercept, original
-from ..core.versions import MLX, SELECT_JVP_BUG
+from ..core.versions import MLX, MLX_VERSION, SELECT_JVP_BUG
 from ._fronted import fronted
 from ._tracers import is_tracer
 from .windows import Window, become, write
@@ -111,9 +111,11 @@ def __setitem__(y: mx.array, key: Any, value: Any) -> None:
     new = _updated(y, key, value, "set")
     if new is not None:
         return become(y, new)
-    if isinstance(value, mx.array):
-        value = _in_front(value)
-    return raw(y, _all_widened(key), value)
+    if not _MISPLACED:
+        return raw(y, _all_widened(key), value)
+    new = _in_front(y)
+    raw(new, _all_widened(key), _in_front(value))
+    return become(y, _in_front(new))
 
 
 class _At:
@@ -152,9 +154,8 @@ class _At:
         new = None if key is None or key is Ellipsis else _updated(x, key, value, op)
         if new is not None:
             return new
-        if isinstance(value, mx.array):
-            value = _in_front(value)
-        return getattr(original(mx.array, "at").fget(x)[_all_widened(key)], op)(value)
+        places = original(mx.array, "at").fget(_in_front(x))[_all_widened(key)]
+        return _in_front(getattr(places, op)(_in_front(value)))
 
 
 @intercept(mx.array, "at")
@@ -162,8 +163,13 @@ def at(x: mx.array) -> Any:
     return _At(x) if _concerned() else original(mx.array, "at").fget(x)
 
 
-def _in_front(value: mx.array) -> mx.array:
-    return fronted(value) if MLX < (0, 32, 4) else value
+#: A scatter misplaces a mapped axis of the array, of the updates and of the cotangent that is not
+#: the first.
+_MISPLACED = MLX < (0, 32, 4)
+
+
+def _in_front(x: Any) -> Any:
+    return fronted(x) if _MISPLACED and isinstance(x, mx.array) and x.ndim else x
 
 
 def _all_widened(key: Any) -> Any:
@@ -296,6 +302,11 @@ def _set_where(y: mx.array, mask: mx.array, value: Any) -> mx.array:
             raise ValueError(
                 f"[array.__setitem__] Updates of shape {u.shape} are too many for a mask of "
                 f"shape {mask.shape} and an array of shape {y.shape}."
+            )
+        if SELECT_JVP_BUG and {"grad", "jvp"} <= set(levels.active()):
+            raise NotImplementedError(
+                "[array.__setitem__] jvp of the gradient of an assignment of several updates at a "
+                f"mask needs MLX 0.32 (this is {MLX_VERSION})."
             )
         before = mx.cumsum(mx.flatten(mask).astype(mx.int32)) - 1
         order = mx.minimum(mx.maximum(before, 0), u.shape[0] - 1)

@@ -9,7 +9,8 @@ start + 0, 1, 2, …; each of the two is the other's derivative.
 A start of shape (*batch, k) holds the starts of k axes; x, y and u begin with the dimensions of
 the batch, and `axes` counts them too.
 
-Source: mlx/primitives.cpp, `DynamicSlice` and `DynamicSliceUpdate`.
+Source: mlx/primitives.cpp, `DynamicSlice` and `DynamicSliceUpdate`; mlx/backend/cpu/primitives.cpp,
+`compute_dynamic_offset`.
 """
 
 from __future__ import annotations
@@ -58,10 +59,24 @@ def _index_assigned(y: mx.array, u: mx.array, start: mx.array, *, axes: Ints) ->
 # The two primitives -----------------------------------------------------------------------------
 
 
+def _direct(start: mx.array) -> bool:
+    """Whether MLX's own operation serves.
+
+    On the CPU it takes the buffer of a start of 8 bytes or more for its own, and frees it before
+    it is read: numbers out of a foreign array, or a crash.
+    """
+    return start.size == 1 and start.ndim == 1
+
+
+def _alone(start: mx.array) -> mx.array:
+    """A start in a buffer of its own, of 4 bytes."""
+    return mx.max(start.astype(mx.int32), keepdims=True)
+
+
 def _read(x: mx.array, start: mx.array, *, axes: Ints, sizes: Ints) -> list[mx.array]:
-    if start.ndim > 1:
-        return _indexed(x, start, axes=axes, sizes=sizes)
-    return [original(mx, "slice")(x, start, axes, sizes)]
+    if _direct(start):
+        return [original(mx, "slice")(x, _alone(start), axes, sizes)]
+    return _indexed(x, start, axes=axes, sizes=sizes)
 
 
 def _read_batch(
@@ -84,9 +99,9 @@ def _read_jvp(primals: Arrays, tangents: Any, *, axes: Ints, sizes: Ints) -> lis
 
 
 def _write(y: mx.array, u: mx.array, start: mx.array, *, axes: Ints) -> list[mx.array]:
-    if start.ndim > 1:
-        return _index_assigned(y, u, start, axes=axes)
-    return [original(mx, "slice_update")(y, u, start, axes)]
+    if _direct(start):
+        return [original(mx, "slice_update")(y, u, _alone(start), axes)]
+    return _index_assigned(y, u, start, axes=axes)
 
 
 def _write_batch(
@@ -151,8 +166,8 @@ def write(y: mx.array, u: mx.array, start: mx.array, axes: Ints) -> mx.array:
 
 def _bound(primitive: Primitive, start: mx.array) -> Any:
     # MLX has no forward derivative of an assignment at indices: under its own grad and jvp too.
-    indexed = start.ndim > 1 and "vmap" not in levels.active()
-    return primitive.differentiable if indexed else primitive
+    direct = _direct(start) or "vmap" in levels.active()
+    return primitive if direct else primitive.differentiable
 
 
 # MLX's functions --------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ more axis of the window, taken whole.
 
 MLX's batching rule gives unmapped updates an axis of 1, where its kernel reads the size of the
 batch: only the first sample is written. Its vjp writes zeros that are never mapped, so that with
-mapped updates the gradient is wrong in the same way. Before 0.32 its jvp reads tangents out of
-bounds unless both arguments have one.
+mapped updates the gradient is wrong in the same way. It has no jvp but for set and add, and
+before 0.32 that reads tangents out of bounds unless both arguments have one.
 
 Source: mlx/primitives.cpp, `SliceUpdate`.
 """
@@ -37,6 +37,9 @@ _OPERATIONS: dict[str, Callable[[mx.array, mx.array], mx.array]] = {
 }
 
 
+_LINEAR = ("set", "add")
+
+
 def key_of(window: Window) -> tuple[slice, ...]:
     return tuple(slice(*bounds) for bounds in window)
 
@@ -61,15 +64,18 @@ def become(y: mx.array, value: mx.array) -> None:
 # The primitive ----------------------------------------------------------------------------------
 
 
-def _decomposition(y: mx.array, u: mx.array, *, window: Window, op: str) -> list[mx.array]:
-    if op != "set":
-        u = _OPERATIONS[op](read(y, window), u)
-    return [put(y, u, window)]
+def _value(y: mx.array, u: mx.array, *, window: Window, op: str) -> list[mx.array]:
+    # Of a node that has the derivatives.
+    return _in_two(mx.stop_gradient(y), mx.stop_gradient(u), window, op)
+
+
+def _in_two(y: mx.array, u: mx.array, window: Window, op: str) -> list[mx.array]:
+    return [put(y, u if op == "set" else _OPERATIONS[op](read(y, window), u), window)]
 
 
 def _lowering(y: mx.array, u: mx.array, *, window: Window, op: str) -> list[mx.array]:
     if op == "set" or MLX < (0, 32, 0):  # which would scatter
-        return _decomposition(y, u, window=window, op=op)
+        return _in_two(y, u, window, op)
     return [getattr(original(mx.array, "at").fget(y)[key_of(window)], op)(u)]
 
 
@@ -101,16 +107,26 @@ def _vjp(
         part = part * read(y, window)
     else:  # the whole cotangent goes to each of two equals
         zero = mx.zeros((), ct.dtype)
-        to_y = mx.where(mx.equal(out, y), ct, zero)
-        part = mx.where(mx.equal(read(out, window), u), part, zero)
+        kept, taken = mx.equal(out, y), mx.equal(read(out, window), u)
+        to_y = mx.where(mx.stop_gradient(kept), ct, zero)
+        part = mx.where(mx.stop_gradient(taken), part, zero)
     return [to_y, _sum_to(part, u.shape)]
 
 
 def _jvp(primals: Arrays, tangents: Any, *, window: Window, op: str) -> list[mx.array]:
-    if op not in ("set", "add"):
-        raise ValueError(f"[array.at.{op}] MLX has no forward derivative of it.")
-    to_y, to_u = (mx.zeros_like(x) if t is None else t for x, t in zip(primals, tangents))
-    return [write(to_y, to_u, window, op)]
+    (y, u), (to_y, to_u) = primals, _full(primals, tangents)
+    if op in _LINEAR:
+        return [write(to_y, to_u, window, op)]
+    part, to_part = read(y, window), read(to_y, window)
+    if op == "multiply":
+        to_out = to_part * u + part * to_u
+    else:
+        to_out = mx.where(mx.equal(_OPERATIONS[op](part, u), part), to_part, to_u)
+    return [write(to_y, to_out, window, "set")]
+
+
+def _full(primals: Arrays, tangents: Any) -> list[mx.array]:
+    return [mx.zeros_like(x) if t is None else t for x, t in zip(primals, tangents)]
 
 
 def _sum_to(x: mx.array, shape: tuple[int, ...]) -> mx.array:
@@ -118,19 +134,14 @@ def _sum_to(x: mx.array, shape: tuple[int, ...]) -> mx.array:
     return mx.sum(x, axis=axes, keepdims=True) if axes else x
 
 
-_write = Primitive(
-    "array.__setitem__",
-    decomposition=_decomposition,
-    lowering=_lowering,
-    batch=_batch,
-    vjp=_vjp,
-    jvp=_jvp,
-)
+_rules: dict[str, Any] = {"decomposition": _value, "batch": _batch, "vjp": _vjp, "jvp": _jvp}
+_write = Primitive("array.__setitem__", lowering=_lowering, **_rules)
+_pushed = Primitive("array.__setitem__", lowering=_value, **_rules)
 
 
 def write(y: mx.array, u: mx.array, window: Window, op: str) -> mx.array:
     """`y` with `u` set, added, … in the window; `u` has as many dimensions, and `y`'s dtype."""
     stack = levels.active()
-    if SELECT_JVP_BUG and "jvp" in stack and "vmap" not in stack:
-        return _write.differentiable(y, u, window=window, op=op)[0]
+    if "jvp" in stack and "vmap" not in stack and (SELECT_JVP_BUG or op not in _LINEAR):
+        return _pushed.differentiable(y, u, window=window, op=op)[0]
     return _write(y, u, window=window, op=op)[0]
