@@ -164,7 +164,9 @@ def _prepared(x: mx.array, lone: bool) -> mx.array:
 def _reversed(w: mx.array, form: Form) -> mx.array:
     if not form.flip:
         return w
-    return w[(slice(None), slice(None), *(slice(None, None, -1) for _ in form.kernel))]
+    # MLX 0.31 has a batching rule of a reversed axis of one that loses it.
+    spatial = (slice(None, None, -1) if n > 1 else slice(None) for n in form.kernel)
+    return w[(slice(None), slice(None), *spatial)]
 
 
 def _strided_patches(x: mx.array, form: Form) -> mx.array:
@@ -180,7 +182,7 @@ def _strided_patches(x: mx.array, form: Form) -> mx.array:
     sample, image, *steps, _ = (math.prod(x.shape[i + 1 :]) for i in range(x.ndim))
     each, outputs = channels // form.groups, form.outputs()
     patches = mx.as_strided(
-        x,
+        mx.contiguous(x),  # a slice of one entry counts as contiguous when it is flattened
         (samples, form.groups, images, *outputs, *form.kernel, each),
         (
             sample,

@@ -149,6 +149,25 @@ general(
 )
 general("/flipped", normal(1, 5, 4, 2), normal(3, 3, 2, 2), flip=True, padding=1, options=few)
 general(
+    "/one entry",
+    normal(2, 1, 2),
+    normal(2, 1, 2),
+    padding=3,
+    input_dilation=2,
+    flip=True,
+    options=few,
+)
+general(
+    "/one entry on one side",
+    normal(1, 4, 1, 2),
+    normal(1, 1, 1, 2),
+    stride=[1, 2],
+    padding=([3, 2], [3, 1]),
+    dilation=[2, 1],
+    input_dilation=[2, 1],
+    options=few,
+)
+general(
     "/everything",
     normal(2, 4, 5, 4),
     normal(4, 2, 3, 2),
