@@ -8,6 +8,8 @@ from .clipping import per_sample_norms as per_sample_norms
 from .fisher import Laplace as Laplace
 from .fisher import fisher_diagonal as fisher_diagonal
 from .fisher import laplace as laplace
+from .distributed import RankFailed as RankFailed
+from .distributed import across_ranks as across_ranks
 from .functional import ensemble as ensemble
 from .functional import functional_call as functional_call
 from .functional import stack_module_state as stack_module_state
@@ -24,6 +26,8 @@ __all__ = [
     "Laplace",
     "LoRA",
     "add_lora",
+    "RankFailed",
+    "across_ranks",
     "clipped_grad",
     "empirical_ntk",
     "ensemble",
