@@ -70,11 +70,9 @@ def main() -> None:
         optimizer.update(model, tree_map(lambda g: g / expected, grads))
         mx.eval(model.parameters())
         if group.rank() == 0 and number % 50 == 0:
-            there = float((norms > 0).sum())
-            print(
-                f"step {number:4d}  loss {float(losses.sum()) / max(there, 1):.3f}  "
-                f"{int(there)} samples, {float((norms > max_norm).sum()) / max(there, 1):.0%} clipped"
-            )
+            there, clipped = int((norms > 0).sum()), int((norms > max_norm).sum())
+            loss = float(losses.sum()) / max(there, 1)
+            print(f"step {number:4d}  loss {loss:.3f}  {there} samples, {clipped} clipped")
     accuracy = float((mx.argmax(model(x), axis=1) == y).mean())
     total = sum(float(p.sum()) for _, p in tree_flatten(model.parameters()))
     totals = mx.distributed.all_gather(mx.array([total]), group=group).tolist()

@@ -9,6 +9,7 @@ multiplies by the one matrix, all samples in one call, and writes down what the 
 
     linear         y = x W^T      (x, c): the gradient of a sample is c^T x over its rows
     lookup         y = W[ids]     (ids, c): row ids[t] of a sample's gradient gets c[t]
+    norm           y = n(x) W     n(x) c, summed over rows: the gradient of a sample, which is small
 
 with c the cotangent of y. What is not known, or is used another way (`model.embed.weight` read by
 hand, a layer inside a checkpoint), goes by the copies. Both parts together are the gradient.
@@ -47,7 +48,7 @@ class Parameter:
         self.products: list[Pair] = []
         #: (ids, c) of every lookup: (samples, rows), (samples, rows, width).
         self.lookups: list[Pair] = []
-        #: The cotangent of the copies, (samples, *shape), if anything used them.
+        #: The gradients (samples, *shape) by the copies, if anything used them, and by norms.
         self.direct: mx.array | None = None
 
     def product(self, x: mx.array) -> mx.array:
@@ -57,6 +58,13 @@ class Parameter:
     def lookup(self, ids: mx.array) -> mx.array:
         nodes = _nodes(self.tape.depth, self.index)
         return nodes.lookup(self.copy, self.copy, ids, self.value, self.tape.seed)[0]
+
+    def norm(self, x: mx.array, name: str, eps: float) -> mx.array:
+        node = _nodes(self.tape.depth, self.index).norm(name, eps)
+        return node(self.copy, self.copy, x, self.value, self.tape.seed)[0]
+
+    def add(self, gradients: mx.array) -> None:
+        self.direct = gradients if self.direct is None else self.direct + gradients
 
 
 class Tape:
@@ -137,13 +145,13 @@ class _Nodes:
         self.depth, self.index = depth, index
         self.product = opaque_node(
             lambda copy, x, weight, seed: [mx.matmul(x, mx.swapaxes(weight, 0, 1))],
-            functools.partial(self._batch, "product"),
+            functools.partial(self._batch, lambda: (self.product, self._products)),
             _product_vjp,
             _product_jvp,
         )
         self.lookup = opaque_node(
             lambda copy, ids, weight, seed: [mx.take(weight, ids, axis=0)],
-            functools.partial(self._batch, "lookup"),
+            functools.partial(self._batch, lambda: (self.lookup, self._lookups)),
             _lookup_vjp,
             _lookup_jvp,
         )
@@ -151,17 +159,17 @@ class _Nodes:
         self._products.vjp(self._record_product)
         self._lookups = Node(lambda ids, weight, seed: mx.take(weight, ids, axis=0))
         self._lookups.vjp(self._record_lookup)
-        self._spread: Any = None
 
-    def _batch(self, kind: str, size: int, arrays: Arrays, axes: Axes) -> list[mx.array]:
+    def _batch(
+        self, nodes: Callable[[], tuple[Any, Any]], size: int, arrays: Arrays, axes: Axes
+    ) -> list[mx.array]:
         copy, x, weight, seed = arrays
+        mapped, recorded = nodes()
         x = copies(x, size) if axes[1] is None else mx.moveaxis(x, axes[1], 0) if axes[1] else x
         if axes[0] is None:
             # Another vmap, inside the loss: its axis is one more of rows.
-            node = self.product if kind == "product" else self.lookup
-            return node(copy, copy, x, weight, seed)
-        node: Any = self._products if kind == "product" else self._lookups
-        return [node(x, weight, seed)]
+            return mapped(copy, copy, x, weight, seed)
+        return [recorded(x, weight, seed)]
 
     def _record_product(self, primals: Arrays, cotangent: mx.array, _: Any) -> list[mx.array]:
         x, weight, seed = primals
@@ -186,11 +194,44 @@ class _Nodes:
         dweight = mx.zeros_like(weight).at[ids].add(cotangent.astype(weight.dtype))
         return [mx.zeros_like(ids), dweight, mx.zeros_like(seed)]
 
+    @functools.cache  # noqa: B019  (as long-lived as the nodes)
+    def norm(self, name: str, eps: float) -> Any:
+        def fused(x: mx.array, weight: mx.array | None) -> mx.array:
+            if name == "rms_norm":
+                return mx.fast.rms_norm(x, weight, eps)
+            return mx.fast.layer_norm(x, weight, None, eps)
+
+        def record(primals: Arrays, cotangent: mx.array, _: Any) -> list[mx.array]:
+            x, weight, seed = primals
+            parameter = _recorded(self.depth, self.index)
+            if parameter is not None:
+                terms = cotangent.astype(mx.float32) * fused(x, None).astype(mx.float32)
+                parameter.add(mx.sum(_rows(terms, 1), axis=1).astype(weight.dtype))
+            return [*mx.vjp(fused, [x, weight], [cotangent])[1], mx.zeros_like(seed)]
+
+        def vjp_of_copy(primals: Arrays, cotangents: Arrays, _: Any) -> list[mx.array]:
+            copy, x, weight, seed = primals
+            dx, dcopy = mx.vjp(fused, [x, copy], list(cotangents))[1]
+            return [dcopy, dx, mx.zeros_like(weight), mx.zeros_like(seed)]
+
+        def jvp_of_copy(primals: Arrays, tangents: Arrays) -> list[mx.array]:
+            return mx.jvp(fused, [primals[1], primals[0]], [tangents[1], tangents[0]])[1]
+
+        recorded: Any = Node(lambda x, weight, seed: fused(x, weight))
+        recorded.vjp(record)
+        mapped: Any = opaque_node(
+            lambda copy, x, weight, seed: [fused(x, weight)],
+            functools.partial(self._batch, lambda: (mapped, recorded)),
+            vjp_of_copy,
+            jvp_of_copy,
+        )
+        return mapped
+
     def spread(self, tape: Tape) -> Callable[..., mx.array]:
         def record(primals: Arrays, cotangent: mx.array, _: Any) -> list[mx.array]:
             parameter = _recorded(self.depth, self.index)
             if parameter is not None:
-                parameter.direct = cotangent
+                parameter.add(cotangent)
             return [mx.sum(cotangent, axis=0), mx.zeros_like(primals[1])]
 
         node: Any = Node(lambda weight, seed: copies(weight, tape.size))
@@ -263,10 +304,25 @@ def _as_linear(tape: Tape, layer: Any, x: mx.array) -> mx.array | None:
     return None if weight is None else weight.product(x)
 
 
+def _rms_norm(tape: Tape, layer: Any, x: mx.array) -> mx.array | None:
+    weight = tape.find(layer.get("weight"))
+    return None if weight is None else weight.norm(x, "rms_norm", layer.eps)
+
+
+def _layer_norm(tape: Tape, layer: Any, x: mx.array) -> mx.array | None:
+    weight = tape.find(layer.get("weight"))
+    if weight is None:
+        return None
+    y = weight.norm(x, "layer_norm", layer.eps)
+    return y + layer["bias"] if "bias" in layer else y
+
+
 _KNOWN: list[tuple[type, str, Callable[[Tape, Any, Any], Any]]] = [
     (nn.Linear, "__call__", _linear),
     (nn.Embedding, "__call__", _embedding),
     (nn.Embedding, "as_linear", _as_linear),
+    (nn.RMSNorm, "__call__", _rms_norm),
+    (nn.LayerNorm, "__call__", _layer_norm),
 ]
 
 

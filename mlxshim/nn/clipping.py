@@ -44,7 +44,7 @@ def per_sample_norms(
         in_axes: Where the samples are.
         per_layer: The norms of each parameter's gradient instead of the whole gradient's.
         chunk_size: At most this many samples at a time. By default all, or fewer if layers that
-            are not known (all but linear and embedding layers) would need much memory.
+            are not known (all but linear, embedding and norm layers) would need much memory.
         keepdims: Each sample keeps its axis.
 
     Returns:
@@ -105,7 +105,7 @@ def clipped_grad(
         in_axes: Where the samples are.
         per_layer: Clip the gradient of each parameter by itself.
         chunk_size: At most this many samples at a time. By default all, or fewer if layers that
-            are not known (all but linear and embedding layers) would need much memory.
+            are not known (all but linear, embedding and norm layers) would need much memory.
         keepdims: Each sample keeps its axis.
 
     Returns:
