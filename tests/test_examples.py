@@ -7,10 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from mlxshim.core.versions import MLX
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -41,7 +37,6 @@ def test_attention_benchmark(tmp_path):
     assert found["trace_us"]["vmap"]["mlxshim"] > 0
 
 
-@pytest.mark.skipif(MLX < (0, 32, 0), reason="clipping refuses on MLX 0.31")
 def test_models_benchmark(tmp_path):
     path = tmp_path / "models.json"
     small = "--layers 1 --dim 16 --hidden 24 --vocabulary 30 --length 8 --samples 3 --repeats 3"
@@ -50,3 +45,17 @@ def test_models_benchmark(tmp_path):
     rows = json.loads(path.read_text())["rows"]
     assert [r["contender"] for r in rows] == wanted.split(";")
     assert all(r["error"] < 1e-4 and r["ms"] > 0 and "note" not in r for r in rows)
+
+
+def test_private_training_on_ranks():
+    small = "--samples 256 --steps 3"
+    assert "1 ranks with the same parameters: True" in run(
+        "examples/private_training_on_ranks.py", *small.split()
+    )
+
+
+def test_norms_benchmark(tmp_path):
+    path = tmp_path / "norms.json"
+    run("-m", "benchmarks.norms", "--shapes", "2x3x4x64", "--repeats", "3", "--json", str(path))
+    rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 6 and all(r.get("error", 0) < 1e-4 for r in rows)

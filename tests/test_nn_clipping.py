@@ -11,10 +11,7 @@ from mlx.utils import tree_flatten, tree_map
 from nn_models import CASES, LoRA, close, close_trees, dense_case, loop, mixed_case, snapshot
 from nn_models import squares as squares_loss
 
-from mlxshim.core.versions import MLX
 from mlxshim.nn import _parts, clipped_grad, clipping, per_sample_norms
-
-pytestmark = pytest.mark.skipif(MLX < (0, 32, 0), reason="refused on MLX 0.31")
 
 
 def norms_of(grads):

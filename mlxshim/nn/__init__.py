@@ -5,11 +5,11 @@ from .attribution import random_projection as random_projection
 from .attribution import trak as trak
 from .clipping import clipped_grad as clipped_grad
 from .clipping import per_sample_norms as per_sample_norms
+from .distributed import RankFailed as RankFailed
+from .distributed import across_ranks as across_ranks
 from .fisher import Laplace as Laplace
 from .fisher import fisher_diagonal as fisher_diagonal
 from .fisher import laplace as laplace
-from .distributed import RankFailed as RankFailed
-from .distributed import across_ranks as across_ranks
 from .functional import ensemble as ensemble
 from .functional import functional_call as functional_call
 from .functional import stack_module_state as stack_module_state
@@ -25,9 +25,9 @@ from .prompt import prompt_attention as prompt_attention
 __all__ = [
     "Laplace",
     "LoRA",
-    "add_lora",
     "RankFailed",
     "across_ranks",
+    "add_lora",
     "clipped_grad",
     "empirical_ntk",
     "ensemble",

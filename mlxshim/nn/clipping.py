@@ -16,7 +16,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..core.versions import MLX, MLX_VERSION
 from ..transforms.vmap import _settle
 from . import _parts, _state
 from ._samples import Samples
@@ -65,7 +64,6 @@ def per_sample_norms(
 
     Source: Goodfellow 2015, Li et al. 2022 (https://arxiv.org/abs/2110.05679).
     """
-    _needs_mlx_0_32("per_sample_norms")
 
     @functools.wraps(loss_fn, updated=())
     def measured(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -131,7 +129,6 @@ def clipped_grad(
     Source: Abadi et al. 2016 (https://arxiv.org/abs/1607.00133); the way, Bu et al. 2023
     (https://arxiv.org/abs/2210.00038).
     """
-    _needs_mlx_0_32("clipped_grad")
     _check_bound(max_norm, per_layer)
 
     @functools.wraps(loss_fn, updated=())
@@ -164,13 +161,6 @@ def clipped_grad(
         )
 
     return differentiated
-
-
-def _needs_mlx_0_32(name: str) -> None:
-    if MLX < (0, 32, 0):
-        raise NotImplementedError(
-            f"[{name}] needs MLX 0.32 (this is {MLX_VERSION}): norms come out wrong before it."
-        )
 
 
 def _runs(samples: Samples, chunk_size: int | None) -> Iterator[_parts.Run]:
