@@ -160,7 +160,7 @@ def _concatenate(x: mx.array, counts: list[int], ranks: Any) -> mx.array:
 def _sum(tree: Any, ranks: Any) -> Any:
     if isinstance(tree, mx.array):
         return _sum_of([tree], ranks)[0]
-    flat: list[Any] = tree_flatten(tree)
+    flat: Any = tree_flatten(tree)
     if not flat:
         return tree
     sums = _sum_of([x for _, x in flat], ranks)

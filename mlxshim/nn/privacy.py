@@ -90,7 +90,7 @@ def noisy(gradients: Any, standard_deviation: Any, key: mx.array) -> Any:
     Returns:
         The tree; the sum is taken in float32 and has the gradients' dtypes.
     """
-    flat: list[Any] = tree_flatten(gradients)
+    flat: Any = tree_flatten(gradients)
     if not flat:
         return gradients
     keys = mx.random.split(key, len(flat))
@@ -154,7 +154,7 @@ def private_grad(
     def differentiated(*args: Any, key: mx.array, **kwargs: Any) -> tuple[Any, Any, Any]:
         losses, gradients, norms = clip(*args, **kwargs)
         gradients = noisy(gradients, noise_multiplier * max_norm, key)
-        flat: list[Any] = tree_flatten(gradients)
+        flat: Any = tree_flatten(gradients)
         return losses, tree_unflatten([(n, g / expected_samples) for n, g in flat]), norms
 
     return differentiated
