@@ -109,12 +109,9 @@ def _attempt(
             raise ValueError(
                 f"[across_ranks] outputs has {len(kinds)} entries, the function returned {found}."
             )
-        counts = {
-            len(x) if x.ndim else -1
-            for result, kind in zip(results, kinds)
-            if kind == "samples"
-            for _, x in tree_flatten([result])
-        }
+        with_samples = [result for result, kind in zip(results, kinds) if kind == "samples"]
+        flat: Any = tree_flatten(with_samples)
+        counts = {len(x) if x.ndim else -1 for _, x in flat}
         if -1 in counts or len(counts) > 1:
             raise ValueError(
                 '[across_ranks] Outputs of kind "samples" must have one leading axis of samples.'
