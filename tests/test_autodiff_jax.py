@@ -6,7 +6,16 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
-from jax_oracle import JAX, OURS, both_refuse, compare, jax, same, to_numpy
+from jax_oracle import (
+    JAX,
+    OURS,
+    both_refuse,
+    compare,
+    jax,
+    reverse_of_complex,
+    same,
+    to_numpy,
+)
 
 Pair = namedtuple("Pair", "first second")
 RNG = np.random.default_rng(0)
@@ -67,6 +76,7 @@ class TestGrad:
         )
         same(lambda lib: GRADS[kind](lib, lambda x: 3.0, lib.array(Y)))
 
+    @reverse_of_complex
     def test_holomorphic(self, kind):
         same(
             lambda lib: GRADS[kind](
@@ -122,6 +132,7 @@ class TestGrad:
         both_refuse(program, *words)
 
 
+@reverse_of_complex
 def test_a_real_function_of_a_complex_argument():
     def program(lib, **convention):
         def f(z):
@@ -248,6 +259,7 @@ def test_integers():
     same(program)
 
 
+@reverse_of_complex
 def test_complex_numbers():
     def program(lib, name):
         def f(z, x):

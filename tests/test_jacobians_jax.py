@@ -6,7 +6,9 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
-from jax_oracle import both_refuse, same
+from jax_oracle import both_refuse, reverse_of_complex, same
+
+from mlxshim.core.versions import MLX
 
 Pair = namedtuple("Pair", "first second")
 RNG = np.random.default_rng(0)
@@ -27,6 +29,9 @@ MODES = ["jacrev", "jacfwd", "jacobian", "hessian"]
 @pytest.mark.parametrize("argnums", [0, 1, (0,), (1, 0), -1])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_argnums(mode, name, argnums):
+    if name == "tree" and mode == "hessian" and MLX < (0, 32, 0):
+        pytest.skip("MLX 0.31 crashes in the second derivative of an index")
+
     def program(lib):
         f = getattr(lib.transforms, mode)(
             lambda x, y: FUNCTIONS[name](lib.np, x, y), argnums=argnums
@@ -55,6 +60,7 @@ def test_python_numbers(mode):
     same(lambda lib: getattr(lib.transforms, mode)(lambda x: x * x * x)(2.0))
 
 
+@reverse_of_complex
 @pytest.mark.parametrize("mode", MODES)
 def test_complex(mode):
     def holomorphic(lib):

@@ -8,6 +8,7 @@ import pytest
 
 import mlxshim
 from mlxshim import grad, jvp, linear_transpose, linearize, value_and_grad, vjp, vmap
+from mlxshim.core.versions import MLX
 
 X, Y = mx.array([1.0, 2.0]), mx.array([3.0, 5.0])
 
@@ -174,3 +175,18 @@ def test_nothing_is_left_in_place():
     assert not mlxshim.core.interception.in_place()
     with pytest.raises(ValueError):
         pullback(mx.zeros((3,)))
+
+
+def test_reverse_mode_of_complex_arrays_is_right_or_refused():
+    z, c = mx.array([0.3 + 0.7j]), mx.array([1.0 + 0.0j])
+    calls = (
+        lambda: mlxshim.vjp(mx.exp, [z], [c])[1][0],
+        lambda: mx.conjugate(mlxshim.vjp(mx.exp, z)[1](c)[0]),
+        lambda: mx.conjugate(mlxshim.grad(lambda z: mx.exp(z).sum(), holomorphic=True)(z)),
+    )
+    for call in calls:
+        if MLX < (0, 32, 0):
+            with pytest.raises(NotImplementedError, match=r"needs MLX 0\.32"):
+                call()
+        else:
+            assert mx.allclose(call(), mx.conjugate(mx.exp(z))), call()

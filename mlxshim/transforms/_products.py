@@ -24,6 +24,7 @@ import mlx.core as mx
 from ..core import replay
 from ..core.errors import ArgumentError
 from ..core.levels import at_level
+from ..core.versions import MLX, MLX_VERSION
 from ._structure import Parts, output_namer
 
 Flat = Callable[..., "list[mx.array]"]
@@ -61,6 +62,7 @@ class Traced:
 
     def pull(self, cotangents: Sequence[mx.array]) -> list[mx.array]:
         """J^T c for each of the primal's arrays."""
+        check_complex((*self.primals.arrays, *cotangents), self.tag)
         return pull(self.run, self.primals.arrays, cotangents)
 
     def push(self, tangents: Sequence[mx.array]) -> tuple[list[mx.array], list[mx.array]]:
@@ -109,6 +111,18 @@ _NO_FORWARD_MODE = (
     "JVP is not implemented",
     "JVP for product, minimum and maximum not implemented",
 )
+
+
+def check_complex(arrays: Sequence[mx.array], tag: str) -> None:
+    """Refuse reverse mode of complex arrays where MLX's own pullbacks do not agree with each other.
+
+    Before 0.32 that of exp or sin is J^T c, that of a product J^H c.
+    """
+    if MLX < (0, 32, 0) and any(x.dtype == mx.complex64 for x in arrays):
+        raise NotImplementedError(
+            f"[{tag}] of a complex64 argument needs MLX 0.32 (this is {MLX_VERSION}), before which "
+            "its own derivatives conjugate in some operations only."
+        )
 
 
 def conjugate(x: mx.array) -> mx.array:

@@ -20,8 +20,8 @@ from ..core import trees
 from ..core.errors import ArgumentError
 from ..core.interception import intercepted
 from ..core.levels import at_level
+from ._products import check_complex, pair
 from ._products import conjugate as conjugated
-from ._products import pair
 from ._structure import REAL, Parts, as_array, describe, name_of, parameter, plain
 
 P = ParamSpec("P")
@@ -363,6 +363,7 @@ class _Gradient:
                 "for MLX's or conjugate=False for JAX's. Of a holomorphic function, "
                 "holomorphic=True gives the derivative."
             )
+        check_complex(parts.arrays, self.tag)
 
     def _value(self, result: Any, results: list[Any]) -> mx.array:
         """The scalar to differentiate; what the function returned is kept in `results`."""

@@ -12,7 +12,7 @@ from ..core.interception import intercepted
 from ..core.levels import at_level
 from ..core.primitive import Node
 from ..core.replay import same_draws
-from ._products import Traced, copies, pull, push
+from ._products import Traced, check_complex, copies, pull, push
 from ._structure import Parts, argument_namer, describe, name_of
 from .vmap import vmap
 
@@ -97,6 +97,7 @@ def _vjp_by_name(fun: Any, given: tuple[Any, ...], **names: Any) -> Any:
 def _vjp_of_lists(
     fun: Callable[..., Any], primals: Sequence[mx.array], cotangents: Sequence[mx.array]
 ) -> tuple[Arrays, Arrays]:
+    check_complex((*primals, *cotangents), "vjp")
     outputs: Arrays = []
 
     def body(*arrays: mx.array) -> Arrays:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,6 @@ class Case:
     fun: Callable[..., Any]
     arrays: tuple[Any, ...]
     options: dict[str, Any] = field(default_factory=dict)
-    module: str = ""  # where the case is written
 
 
 def case(name: str, fun: Callable[..., Any], *arrays: Any, **options: Any) -> None:
@@ -31,7 +29,7 @@ def case(name: str, fun: Callable[..., Any], *arrays: Any, **options: Any) -> No
     variant after a slash where there are several ("conv2d/grouped").
     """
     assert name not in CASES, f"{name} is there twice"
-    CASES[name] = Case(_late(fun), arrays, options, sys._getframe(1).f_globals["__name__"])
+    CASES[name] = Case(_late(fun), arrays, options)
 
 
 def _late(fun: Callable[..., Any]) -> Callable[..., Any]:
