@@ -13,7 +13,7 @@ from conformance.case import load
 
 import mlxshim
 from mlxshim.core import levels
-from mlxshim.rules import _devices
+from mlxshim.rules import _devices, norms
 from mlxshim.testing import check, loop
 
 FAMILIES = ("fast.rms_norm", "fast.layer_norm", "fast.rope", "fast.cross_entropy")
@@ -161,3 +161,26 @@ def test_what_mlx_refuses_is_refused_at_the_call_in_its_words():
     ):
         with pytest.raises(ValueError, match=said):
             mlxshim.vmap(wrong)(x)
+
+
+@pytest.mark.parametrize("width, written", [(6, True), (8, False)])
+@pytest.mark.parametrize("mapped", [False, True], ids=["one", "vmap"])
+def test_a_width_that_cuda_misreads_has_its_gradient_written_out(
+    monkeypatch, width, written, mapped
+):
+    called, plain = [], norms._plain_vjp
+    monkeypatch.setattr(norms, "_plain_vjp", lambda *a, **k: called.append(1) or plain(*a, **k))
+    x, w, b = normal(4, 3, width), normal(width), normal(width)
+    c = normal(3, width)
+
+    def loss(x, w, b):
+        return (mx.fast.layer_norm(x, w, b, 1e-5) * c).sum()
+
+    grads = mlxshim.grad(loss, argnums=(0, 1, 2))
+    got = mlxshim.vmap(grads, in_axes=(0, None, None))(x, w, b) if mapped else grads(x[0], w, b)
+    assert bool(called) is written
+    with mx.stream(mx.cpu):
+        one = mx.grad(loss, argnums=[0, 1, 2])
+        want = loop(lambda x: list(one(x, w, b)), (0,))(x) if mapped else one(x[0], w, b)
+    for g, e in zip(got, want):
+        assert mx.allclose(g, e, atol=1e-5), (g, e)
