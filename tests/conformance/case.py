@@ -59,6 +59,8 @@ def booleans(*shape: int) -> Callable[[], mx.array]:
 def load() -> dict[str, Case]:
     """Every case of every family module beside this one."""
     for module in pkgutil.iter_modules(__import__(__package__).__path__):
-        if module.name not in ("case", "worker") and not module.name.startswith("test_"):
+        if module.name not in ("__main__", "case", "worker") and not module.name.startswith(
+            "test_"
+        ):
             importlib.import_module(f"{__package__}.{module.name}")
     return CASES

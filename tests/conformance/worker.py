@@ -22,7 +22,8 @@ class Worker:
         self.close = self._process.close
 
     def run(self, name: str) -> list[dict[str, Any]]:
-        """The outcome of each case of one operation, in the words of `mlxshim.testing.Result`."""
+        """The outcome of each case of one operation, in the words of `mlxshim.testing.Result`, and
+        whether it was found by a loop over the samples."""
         results: list[dict[str, Any]] = []
         start, blind = 0, -1
         while True:
@@ -40,7 +41,8 @@ class Worker:
                 continue
             start = int(number) + 1
             mode, place = where
-            results.append({"mode": mode, "where": place, "error": death, "wrong": False})
+            died = {"mode": mode, "where": place, "error": death, "wrong": False}
+            results.append({**died, "looped": False})
 
     def _attempt(
         self, name: str, start: int, blind: int, results: list[dict[str, Any]]
@@ -68,6 +70,7 @@ def _serve(transforms: str) -> None:
     import mlx.core as mx
 
     from conformance.case import load
+    from mlxshim import PerformanceWarning
     from mlxshim.testing import conformance
 
     out = os.fdopen(os.dup(1), "w")
@@ -83,8 +86,8 @@ def _serve(transforms: str) -> None:
         mx.random.seed(0)
         case = cases[name]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with warnings.catch_warnings(record=True) as heard:
+                warnings.simplefilter("always")
                 for result in conformance(
                     case.fun,
                     *case.arrays,
@@ -94,7 +97,9 @@ def _serve(transforms: str) -> None:
                     blind=(blind,),
                     announce=lambda stage: say(stage=stage),
                 ):
-                    say(**result._asdict())
+                    looped = any(issubclass(w.category, PerformanceWarning) for w in heard)
+                    heard.clear()
+                    say(**result._asdict(), looped=looped)
         except Exception as e:
             say(raised=f"{type(e).__name__}: {e}")
             continue
