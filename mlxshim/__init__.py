@@ -8,6 +8,7 @@ per_sample = vmap(grad(loss), in_axes=(None, 0, 0))
 from . import rules as _rules  # noqa: F401  (registers the interceptions)
 from .core.errors import NoBatchingRule as NoBatchingRule
 from .core.errors import PerformanceWarning as PerformanceWarning
+from .core.interception import names_in_place as intercepted
 from .extend import primitive as primitive
 from .transforms.autodiff import grad as grad
 from .transforms.autodiff import grad_and_value as grad_and_value
@@ -47,6 +48,7 @@ __all__ = [
     "jacfwd",
     "jacobian",
     "jacrev",
+    "intercepted",
     "jvp",
     "linear_transpose",
     "linearize",

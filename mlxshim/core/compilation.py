@@ -4,6 +4,10 @@ MLX inlines a compiled function that is called with a tracer, and compiles the o
 such a function captures is kept with it: a mapped array that it reads, or a key of its own for
 each sample, would be there still when the vmap is long over, and a draw that was compiled before
 is one for all samples. `mx.disable_compile` is the switch; it is the whole process's.
+
+What another thread calls meanwhile runs as it is written too: slower, and the same. Only the probe
+of `always` is compiled while a vmap traces, and never while two threads do: the other one would
+find the switch on in the middle of its trace.
 """
 
 from __future__ import annotations
@@ -17,43 +21,72 @@ import mlx.core as mx
 
 R = TypeVar("R")
 
-_lock = threading.Lock()
-_users = 0
-_switched = False
+_enable, _disable = mx.enable_compile, mx.disable_compile
+_lock = threading.RLock()
+#: The threads that trace a vmap.
+_threads: set[int] = set()
+#: Whether compilation is on as far as the user is concerned.
+_wanted = True
 
 
 def switch_off() -> None:
-    """Until as many calls of `switch_back`; the user's own switch is respected."""
-    global _users, _switched
+    """Off while this thread traces a vmap; the user's own switch is respected."""
+    global _wanted
     with _lock:
-        if _users == 0:
-            _switched = _is_on()
-            if _switched:
-                mx.disable_compile()
-        _users += 1
+        first = not _threads
+        if first:
+            _wanted = _is_on()
+        _threads.add(threading.get_ident())
+        if first and _wanted:
+            _disable()
 
 
 def switch_back() -> None:
-    global _users
+    """This thread traces no vmap. An interrupt may come between any two steps: call it again."""
     with _lock:
-        _users -= 1
-        if _users == 0 and _switched:
-            mx.enable_compile()
+        here = threading.get_ident()
+        if _threads == {here} and _wanted:
+            _enable()
+        _threads.discard(here)
+
+
+def want(on: bool) -> None:
+    """The user's own switch, turned while a vmap is traced."""
+    global _wanted
+    with _lock:
+        _wanted = on
+        if not _threads:
+            (_enable if on else _disable)()
 
 
 def always(compiled: Callable[..., R]) -> Callable[..., R]:
-    """`compiled`, which is what MLX compiled even inside a vmap."""
+    """`compiled`, which is what MLX compiled even inside a vmap, if this one alone is traced."""
 
     def call(*args: Any) -> R:
-        if not _users or not _switched:
+        if not _threads:
             return compiled(*args)
-        mx.enable_compile()
-        try:
-            return compiled(*args)
-        finally:
-            mx.disable_compile()
+        with _lock:
+            if len(_threads) > 1 or not _wanted:
+                return compiled(*args)
+            _enable()
+            try:
+                return compiled(*args)
+            finally:
+                if _threads:
+                    _disable()
 
     return call
+
+
+def after_fork() -> None:
+    """In a child process, where the thread that forked is the only one."""
+    global _lock
+    _lock = threading.RLock()
+    others = _threads - {threading.get_ident()}
+    if others:
+        _threads.difference_update(others)
+        if not _threads and _wanted:
+            _enable()
 
 
 def _is_on() -> bool:

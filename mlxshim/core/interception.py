@@ -6,19 +6,21 @@ but takes over only in a thread that is tracing; in any other it is a plain call
 
 Modules are exchanged whole, in a microsecond, and put back on every way out of a transform. A type
 (`mx.array`) is slow to change, a microsecond for each method: its replacements stay behind when the
-last transform ends, and the first call of any of them outside a transform puts all of them back.
+last transform ends, and the first call of any of them outside a transform puts all of them back, as
+an exception does, and whoever asks for `names_in_place`.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections.abc import Callable
 from operator import itemgetter
 from types import ModuleType
 from typing import Any, TypeVar
 
-from . import levels
+from . import compilation, levels
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -47,7 +49,7 @@ class Interception:
             # One that somebody has wrapped and put back is out of date, and stands aside.
             if (active() or outside) and self.call is stand_in:
                 return handler(*args, **kwargs)
-            if on_type and not _users:
+            if on_type and not _calls:
                 _restore_types()
             return original(*args, **kwargs)
 
@@ -56,7 +58,7 @@ class Interception:
 
     def refresh(self, current: Any) -> None:
         """Stand in for `current`: somebody may have replaced the function before we came."""
-        if current is not self.original:
+        if current is not self.original and current is not self.stand_in:
             self.original = current
             self.stand_in = self._new_stand_in()
             levels.stands_in(self.stand_in, current)
@@ -68,10 +70,12 @@ class _Module:
     def __init__(self, owner: ModuleType) -> None:
         self.namespace = vars(owner)
         self.entries: list[Interception] = []
+        self._current: Any = lambda namespace: None
+        self._placed: Any = ()
 
     def put_in(self) -> None:
         names = [e.name for e in self.entries]
-        self._current: Any = itemgetter(*names, names[0])
+        self._current = itemgetter(*names, names[0])
         self.originals = {e.name: e.original for e in self.entries}
         self.stand_ins = {e.name: e.stand_in for e in self.entries}
         self._expected = self._current(self.originals)
@@ -103,7 +107,8 @@ _table: dict[tuple[Any, str], Interception] = {}
 _modules: dict[Any, _Module] = {}
 _on_types: list[Interception] = []
 _lock = threading.RLock()
-_users = 0
+#: The calls of transforms that are under way, and the thread of each.
+_calls: dict[object, int] = {}
 _types_replaced = False
 
 
@@ -134,7 +139,7 @@ def intercept(owner: Any, name: str, *, outside: bool = False) -> Callable[[F], 
 def original(owner: Any, name: str) -> Any:
     """The function, or the property, that `owner.name` is outside every transform."""
     entry = _table.get((owner, name))
-    if entry is not None and _users:
+    if entry is not None and _calls:
         return entry.original
     current = getattr(owner, name)
     return current if entry is None or current is not entry.stand_in else entry.original
@@ -142,56 +147,98 @@ def original(owner: Any, name: str) -> Any:
 
 def in_place() -> bool:
     """Whether interception is in place now, in any thread."""
-    return _users > 0
+    return bool(_calls)
+
+
+def names_in_place() -> list[str]:
+    """The names of MLX that are not MLX's own now, such as "mlx.core.array.sum".
+
+    Empty outside transforms: what the last one has left in place is put back first.
+    """
+    _restore_types()
+    with _lock:
+        return [
+            f"{getattr(e.owner, '__module__', '')}.{e.owner.__name__}.{e.name}".lstrip(".")
+            for e in _table.values()
+            if getattr(e.owner, e.name) is e.stand_in
+        ]
 
 
 def intercepted(fun: Callable[..., Any]) -> Callable[..., Any]:
     """`fun`, run with every registered interception in place; undone on every way out."""
 
     def scoped(*args: Any, **kwargs: Any) -> Any:
-        _enter()
+        call, place = object(), levels.place()
         try:
+            _enter(call)
             return fun(*args, **kwargs)
+        except BaseException:
+            _leave(call, place)
+            _restore_types()
+            raise
         finally:
-            _leave()
+            try:
+                _leave(call, place)
+            except BaseException:  # interrupted
+                _leave(call, place)
+                raise
 
     # mx.grad(f) is a callable of MLX's without a name: then there is nothing to copy.
     return functools.update_wrapper(scoped, fun, updated=())
 
 
-def _enter() -> None:
-    global _users
+def _enter(call: object) -> None:
     with _lock:
-        if _users == 0:
+        first = not _calls
+        _calls[call] = threading.get_ident()
+        if first:
             for module in _modules.values():
                 module.put_in()
             if not _types_replaced:
                 _replace_types()
-        _users += 1
 
 
-def _leave() -> None:
-    global _users
+def _leave(call: object, place: tuple[int, int, int, int]) -> None:
+    """May be called again, and goes on where it was interrupted."""
+    levels.back_to(place)
+    if call not in _calls:
+        return
     with _lock:
-        _users -= 1
-        if _users == 0:
+        if len(_calls) == 1:
             for module in _modules.values():
                 module.take_out()
+        del _calls[call]
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()
+    compilation.after_fork()
+    here = threading.get_ident()
+    for call, thread in list(_calls.items()):
+        if thread != here:
+            _leave(call, levels.place())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _replace_types() -> None:
     global _types_replaced
+    _types_replaced = True
     for entry in _on_types:
         entry.refresh(getattr(entry.owner, entry.name))
         setattr(entry.owner, entry.name, entry.stand_in)
-    _types_replaced = True
 
 
 def _restore_types() -> None:
     global _types_replaced
+    if not _types_replaced:
+        return
     with _lock:
-        if _users == 0 and _types_replaced:
-            _types_replaced = False
+        if not _calls:
             for entry in _on_types:
                 if getattr(entry.owner, entry.name) is entry.stand_in:
                     setattr(entry.owner, entry.name, entry.original)
+            _types_replaced = False

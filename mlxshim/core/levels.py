@@ -50,6 +50,8 @@ class _Levels(threading.local):
         self.vmaps: list[VmapLevel] = []
         #: For each call of a function that `mx.vmap` made: whether a level of ours is in it.
         self.calls: list[bool] = []
+        #: How many functions of vmaps are running, so that nothing is compiled.
+        self.running = 0
 
 
 _levels = _Levels()
@@ -85,6 +87,24 @@ def vmaps() -> list[VmapLevel]:
     return _levels.vmaps
 
 
+def place() -> tuple[int, int, int, int]:
+    """How deep this thread is in levels."""
+    local = _levels
+    return len(local.stack), len(local.vmaps), len(local.calls), local.running
+
+
+def back_to(place: tuple[int, int, int, int]) -> None:
+    """Clear away the levels that an interrupt, which may come between any two steps, has left."""
+    local = _levels
+    stack, vmaps, calls, running = place
+    if len(local.stack) != stack or len(local.vmaps) != vmaps or len(local.calls) != calls:
+        del local.stack[stack:], local.vmaps[vmaps:], local.calls[calls:]
+    if local.running != running:
+        if not running:
+            compilation.switch_back()
+        local.running = running
+
+
 def at_level(kind: Kind, fun: Callable[..., R]) -> Callable[..., R]:
     """`fun`, run one level of `kind` deeper; the level is popped on every way out."""
     fun = _standing_in(fun)
@@ -112,14 +132,19 @@ def at_vmap(level: VmapLevel, fun: Callable[..., R]) -> Callable[..., R]:
         stays = bool(local.calls) and not local.calls[-1]
         if stays:
             local.calls[-1] = True
-        compilation.switch_off()
+        running = local.running
+        local.running = running + 1
+        if not running:
+            compilation.switch_off()
         local.stack.append("vmap")
         local.vmaps.append(level)
         try:
             return fun(*args, **kwargs)
         finally:
             level.mapped = None
-            compilation.switch_back()
+            if not running:
+                compilation.switch_back()
+            local.running = running
             if not stays:
                 local.stack.pop()
                 local.vmaps.pop()

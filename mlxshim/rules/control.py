@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..core import levels, trees
+from ..core import compilation, levels, trees
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Node, Primitive
 from ._opaque import copies, opaque_node
@@ -286,6 +286,19 @@ def _differentiated_from_outside() -> bool:
 @intercept(mx, "vmap", outside=True)
 def vmap(*args: Any, **kwargs: Any) -> Any:
     return levels.mapping(original(mx, "vmap")(*args, **kwargs))
+
+
+# The switch of compilation -----------------------------------------------------------------------
+
+
+@intercept(mx, "disable_compile", outside=True)
+def disable_compile() -> None:
+    compilation.want(False)
+
+
+@intercept(mx, "enable_compile", outside=True)
+def enable_compile() -> None:
+    compilation.want(True)
 
 
 # Evaluation ------------------------------------------------------------------------------------
