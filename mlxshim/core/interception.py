@@ -4,7 +4,7 @@ Library code (`mlx.nn`, mlx-lm, …) looks an operation up by attribute at call 
 the attribute for the length of a transform reaches it. The replacement is visible to every thread,
 but takes over only in a thread that is tracing; in any other it is a plain call of the original.
 
-Modules are exchanged whole, in a microsecond, and put back on every way out of a transform. A type
+A module is of another class while a transform runs, and of its own on every way out. A type
 (`mx.array`) is slow to change, a microsecond for each method: its replacements stay behind when the
 last transform ends, and the first call of any of them outside a transform puts all of them back, as
 an exception does, and whoever asks for `names_in_place`.
@@ -16,7 +16,6 @@ import functools
 import os
 import threading
 from collections.abc import Callable
-from operator import itemgetter
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -65,42 +64,44 @@ class Interception:
 
 
 class _Module:
-    """All that is intercepted in one module; its dictionary is updated in one go."""
+    """All that is intercepted in one module, which is of another class while a transform runs.
+
+    A property of its class comes before what is in a module's dictionary: one assignment of
+    `__class__` puts every replacement in place, however many there are, and the dictionary stays
+    as it is.
+    """
 
     def __init__(self, owner: ModuleType) -> None:
-        self.namespace = vars(owner)
-        self.entries: list[Interception] = []
-        self._current: Any = lambda namespace: None
-        self._placed: Any = ()
+        self.owner, self.plain = owner, type(owner)
+        self.replaced = type(f"Intercepted_{owner.__name__}", (self.plain,), {})
+
+    def add(self, entry: Interception) -> None:
+        namespace, name = vars(self.owner), entry.name
+
+        def get(_: Any) -> Any:
+            # Looked up anew: what somebody has put into the module, before or meanwhile, is what
+            # we stand in for.
+            try:
+                current = namespace[name]
+            except KeyError:
+                raise AttributeError(name) from None
+            if current is not entry.original:
+                entry.refresh(current)
+            return entry.stand_in
+
+        def put(_: Any, value: Any) -> None:
+            namespace[name] = value
+
+        def delete(_: Any) -> None:
+            del namespace[name]
+
+        setattr(self.replaced, name, property(get, put, delete))
 
     def put_in(self) -> None:
-        names = [e.name for e in self.entries]
-        self._current = itemgetter(*names, names[0])
-        self.originals = {e.name: e.original for e in self.entries}
-        self.stand_ins = {e.name: e.stand_in for e in self.entries}
-        self._expected = self._current(self.originals)
-        self._placed = self._current(self.stand_ins)
-        # From now on only what has changed is looked at.
-        self.put_in = self._put_in
-        self._put_in()
-
-    def _put_in(self) -> None:
-        if self._current(self.namespace) != self._expected:
-            for entry in self.entries:
-                entry.refresh(self.namespace[entry.name])
-            del self.put_in
-            self.put_in()
-            return
-        self.namespace.update(self.stand_ins)
+        self.owner.__class__ = self.replaced
 
     def take_out(self) -> None:
-        if self._current(self.namespace) == self._placed:
-            self.namespace.update(self.originals)
-            return
-        # What was put over ours meanwhile belongs to somebody else.
-        for entry in self.entries:
-            if self.namespace[entry.name] is entry.stand_in:
-                self.namespace[entry.name] = entry.original
+        self.owner.__class__ = self.plain
 
 
 _table: dict[tuple[Any, str], Interception] = {}
@@ -125,9 +126,9 @@ def intercept(owner: Any, name: str, *, outside: bool = False) -> Callable[[F], 
         with _lock:
             entry = _table[owner, name] = Interception(owner, name, handler, outside)
             if isinstance(owner, ModuleType):
-                module = _modules.setdefault(owner, _Module(owner))
-                module.entries.append(entry)
-                module.__dict__.pop("put_in", None)
+                if owner not in _modules:
+                    _modules[owner] = _Module(owner)
+                _modules[owner].add(entry)
             else:
                 _restore_types()
                 _on_types.append(entry)
@@ -139,10 +140,15 @@ def intercept(owner: Any, name: str, *, outside: bool = False) -> Callable[[F], 
 def original(owner: Any, name: str) -> Any:
     """The function, or the property, that `owner.name` is outside every transform."""
     entry = _table.get((owner, name))
-    if entry is not None and _calls:
+    if entry is None:
+        return getattr(owner, name)
+    if isinstance(owner, ModuleType):
+        current = vars(owner)[name]
+    elif _calls:
         return entry.original
-    current = getattr(owner, name)
-    return current if entry is None or current is not entry.stand_in else entry.original
+    else:
+        current = getattr(owner, name)
+    return current if current is not entry.stand_in else entry.original
 
 
 def in_place() -> bool:
