@@ -6,6 +6,7 @@ per_sample = vmap(grad(loss), in_axes=(None, 0, 0))
 """
 
 from . import rules as _rules  # noqa: F401  (registers the interceptions)
+from .core.errors import ConcretizationError as ConcretizationError
 from .core.errors import NoBatchingRule as NoBatchingRule
 from .core.errors import PerformanceWarning as PerformanceWarning
 from .core.interception import names_in_place as intercepted
@@ -22,6 +23,10 @@ from .transforms.collectives import pmin as pmin
 from .transforms.collectives import ppermute as ppermute
 from .transforms.collectives import psum as psum
 from .transforms.collectives import psum_scatter as psum_scatter
+from .transforms.flow import cond as cond
+from .transforms.flow import fori_loop as fori_loop
+from .transforms.flow import switch as switch
+from .transforms.flow import while_loop as while_loop
 from .transforms.jacobians import hessian as hessian
 from .transforms.jacobians import hvp as hvp
 from .transforms.jacobians import jacfwd as jacfwd
@@ -32,15 +37,33 @@ from .transforms.linear import jvp as jvp
 from .transforms.linear import linear_transpose as linear_transpose
 from .transforms.linear import linearize as linearize
 from .transforms.linear import vjp as vjp
+from .transforms.scans import associative_scan as associative_scan
+from .transforms.scans import map as map
+from .transforms.scans import scan as scan
+from .transforms.shapes import ShapeDtypeStruct as ShapeDtypeStruct
+from .transforms.shapes import eval_shape as eval_shape
+from .transforms.shapes import stop_gradient as stop_gradient
 from .transforms.vmap import vmap as vmap
+from .tree import ravel_pytree as ravel_pytree
+from .tree import tree_flatten as tree_flatten
+from .tree import tree_leaves as tree_leaves
+from .tree import tree_map as tree_map
+from .tree import tree_structure as tree_structure
+from .tree import tree_unflatten as tree_unflatten
 
 __version__ = "0.1.0"
 __all__ = [
+    "ConcretizationError",
     "NoBatchingRule",
     "PerformanceWarning",
+    "ShapeDtypeStruct",
     "all_gather",
+    "associative_scan",
     "axis_index",
     "axis_size",
+    "cond",
+    "eval_shape",
+    "fori_loop",
     "grad",
     "grad_and_value",
     "hessian",
@@ -52,6 +75,7 @@ __all__ = [
     "jvp",
     "linear_transpose",
     "linearize",
+    "map",
     "pmax",
     "pmean",
     "pmin",
@@ -59,8 +83,18 @@ __all__ = [
     "primitive",
     "psum",
     "psum_scatter",
+    "ravel_pytree",
+    "scan",
+    "stop_gradient",
+    "switch",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_structure",
+    "tree_unflatten",
     "value_and_grad",
     "vhp",
     "vjp",
     "vmap",
+    "while_loop",
 ]

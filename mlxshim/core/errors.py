@@ -13,3 +13,7 @@ class NoBatchingRule(NotImplementedError):
 
 class ArgumentError(ValueError, TypeError):
     """A call that means nothing. MLX raises ValueError where JAX raises TypeError: this is both."""
+
+
+class ConcretizationError(TypeError):
+    """A value that must be read while it has none: the array is being traced."""

@@ -9,9 +9,10 @@ vmap that it is mapped by, in which nothing is a tracer that is mapped for certa
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
 import mlx.core as mx
@@ -52,6 +53,8 @@ class _Levels(threading.local):
         self.calls: list[bool] = []
         #: How many functions of vmaps are running, so that nothing is compiled.
         self.running = 0
+        #: Whether only shapes and dependencies are asked for.
+        self.abstract = False
 
 
 _levels = _Levels()
@@ -103,6 +106,35 @@ def back_to(place: tuple[int, int, int, int]) -> None:
         if not running:
             compilation.switch_back()
         local.running = running
+
+
+def is_abstract() -> bool:
+    """Whether what is traced will never be evaluated: no loop has to run for its end."""
+    return _levels.abstract
+
+
+@contextlib.contextmanager
+def abstract() -> Iterator[None]:
+    """Within it, arrays are traced for their shapes and for what they depend on alone."""
+    before, _levels.abstract = _levels.abstract, True
+    try:
+        yield
+    finally:
+        _levels.abstract = before
+
+
+@contextlib.contextmanager
+def as_in_rule() -> Iterator[None]:
+    """Within it the levels are those that a batching rule of the innermost vmap will see."""
+    local = _levels
+    cut = len(local.stack) - 1 - local.stack[::-1].index("vmap")
+    stack, vmaps = local.stack[cut:], local.vmaps[-1:]
+    del local.stack[cut:], local.vmaps[-1:]
+    try:
+        yield
+    finally:
+        local.stack += stack
+        local.vmaps += vmaps
 
 
 def at_level(kind: Kind, fun: Callable[..., R]) -> Callable[..., R]:

@@ -190,6 +190,8 @@ def _next_key() -> mx.array:
         chain[0], key = mx.random.split(chain[0])
         return key
     state: mx.array = mx.random.state[0]  # pyright: ignore
+    if levels.is_abstract():
+        return state  # nothing is drawn
     original(mx.random, "permutation")(1)  # the cheapest draw: only a draw moves the state
     return mx.random.split(state)[1]
 

@@ -1,0 +1,48 @@
+"""A node whose batching rule is certain to run: an input of the vmap around is one of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from .primitive import Arrays, Axes, Node
+
+
+def opaque_node(
+    shaped: Callable[..., Sequence[mx.array]],
+    batch: Callable[[int, Arrays, Axes], list[mx.array]],
+    vjp: Callable[[Arrays, Arrays, Arrays], list[mx.array]],
+    jvp: Callable[[Arrays, Arrays], list[mx.array]],
+) -> Callable[..., Any]:
+    """A node of (a mapped tracer, *arrays); `shaped(*arrays)` has the outputs' shapes and dtypes.
+
+    The rules see the arrays alone; `batch` gets axes that may all be None, and maps over axis 0.
+    """
+
+    def placeholder(mapped: mx.array, *arrays: mx.array) -> list[mx.array]:
+        return [mx.zeros(x.shape, x.dtype) for x in shaped(*arrays)]
+
+    def node_vmap(arrays: Arrays, axes: Axes) -> tuple[list[mx.array], list[int]]:
+        size = next(x.shape[a] for x, a in zip(arrays, axes) if a is not None)
+        outputs = batch(size, arrays[1:], axes[1:])
+        return outputs, [0] * len(outputs)
+
+    def node_vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> list[mx.array]:
+        return [mx.zeros_like(primals[0]), *vjp(primals[1:], cotangents, outputs)]
+
+    def node_jvp(primals: Arrays, tangents: Sequence[mx.array | None]) -> list[mx.array]:
+        full = [mx.zeros_like(x) if t is None else t for x, t in zip(primals, tangents)]
+        return jvp(primals[1:], full[1:])
+
+    node = Node(placeholder)
+    node.vmap(node_vmap)
+    node.vjp(node_vjp)
+    node.jvp(node_jvp)
+    return node
+
+
+def copies(x: mx.array, size: int) -> mx.array:
+    """`x` once for each sample, on axis 0; no memory is written."""
+    return mx.broadcast_to(x, (size, *x.shape))

@@ -1,0 +1,101 @@
+"""Trees that have to keep their form: a loop's value, the outputs of branches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from ..core import trees
+
+
+class Slot:
+    """The place of an array in a tree."""
+
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __repr__(self) -> str:
+        return "*"
+
+
+def is_number(leaf: Any) -> bool:
+    return isinstance(leaf, (bool, int, float, complex)) or (
+        type(leaf).__module__ == "numpy" and hasattr(leaf, "dtype")
+    )
+
+
+def as_arrays(tree: Any) -> Any:
+    """`tree` with numbers made arrays."""
+    return trees.map_leaves(lambda x: mx.array(x) if is_number(x) else x, tree)
+
+
+def flatten(tree: Any) -> tuple[list[mx.array], Any]:
+    """The arrays of a tree, numbers among them, and the tree of slots they came from."""
+    arrays: list[mx.array] = []
+
+    def take(leaf: Any) -> Any:
+        if is_number(leaf):
+            leaf = mx.array(leaf)
+        if not isinstance(leaf, mx.array):
+            return leaf
+        arrays.append(leaf)
+        return Slot(len(arrays) - 1)
+
+    return arrays, trees.map_leaves(take, tree)
+
+
+def unflatten(slots: Any, arrays: Any) -> Any:
+    return trees.map_leaves(lambda s: arrays[s.index] if type(s) is Slot else s, slots)
+
+
+def like(
+    tree: Any, example: Any, complain: Callable[[str], Exception], path: trees.Path = ()
+) -> Any:
+    """`tree` with its numbers as the arrays that `example` has in their place.
+
+    Raises what `complain` makes of the difference if it has another structure, shape or dtype.
+    """
+    below, other = trees.children(tree), trees.children(example)
+    if below is None and other is None:
+        if isinstance(example, mx.array) or is_number(example):
+            return _array_like(tree, example, complain, path)
+        if isinstance(tree, mx.array) or is_number(tree) or (tree is None) != (example is None):
+            raise complain(f"{_at(path)} is {describe(tree)} in place of {describe(example)}")
+        return tree
+    if below is None or other is None or type(tree) is not type(example):
+        raise complain(f"{_at(path)} is {describe(tree)} in place of {describe(example)}")
+    by_key = dict(other)
+    if set(by_key) != {key for key, _ in below}:
+        raise complain(f"{_at(path)} has {describe(tree)} in place of {describe(example)}")
+    return trees.rebuild(
+        tree, [like(child, by_key[key], complain, (*path, key)) for key, child in below]
+    )
+
+
+def _array_like(
+    leaf: Any, example: Any, complain: Callable[[str], Exception], path: trees.Path
+) -> mx.array:
+    example = example if isinstance(example, mx.array) else mx.array(example)
+    if is_number(leaf):
+        leaf = mx.array(leaf, example.dtype) if isinstance(leaf, (int, float)) else mx.array(leaf)
+    if not isinstance(leaf, mx.array) or leaf.shape != example.shape or leaf.dtype != example.dtype:
+        raise complain(f"{_at(path)} is {describe(leaf)} in place of {describe(example)}")
+    return leaf
+
+
+def _at(path: trees.Path) -> str:
+    return "its entry " + "".join(f"[{key!r}]" for key in path) if path else "it"
+
+
+def describe(node: Any) -> str:
+    if isinstance(node, mx.array):
+        return f"{str(node.dtype).removeprefix('mlx.core.')}{list(node.shape)}"
+    if isinstance(node, dict):
+        return f"a {type(node).__name__} with keys {list(node)}"
+    if isinstance(node, (list, tuple)):
+        return f"a {type(node).__name__} of {len(node)}"
+    return repr(node)
