@@ -25,6 +25,7 @@ from ..core import levels
 from ..core.interception import intercept, original
 from ..core.versions import MLX, MLX_VERSION, SELECT_JVP_BUG
 from ._fronted import fronted
+from ._one_entry import ONE_ENTRY_BUG, plain_steps
 from ._tracers import is_tracer
 from .windows import Window, become, write
 
@@ -34,6 +35,8 @@ from .windows import Window, become, write
 @intercept(mx.array, "__getitem__")
 def __getitem__(x: mx.array, key: Any) -> mx.array:
     raw = original(mx.array, "__getitem__")
+    if ONE_ENTRY_BUG:
+        key = plain_steps(x, key)
     kind = type(key)
     if kind is slice or key is None or kind is EllipsisType or "vmap" not in levels.active():
         return raw(x, key)
@@ -101,6 +104,8 @@ def _concerned() -> bool:
 @intercept(mx.array, "__setitem__")
 def __setitem__(y: mx.array, key: Any, value: Any) -> None:
     raw = original(mx.array, "__setitem__")
+    if ONE_ENTRY_BUG:
+        key = plain_steps(y, key)
     if not _concerned():
         return raw(y, key, value)
     mask = _mask(key)
@@ -151,6 +156,8 @@ class _At:
 
     def _apply(self, op: str, value: Any) -> mx.array:
         x, key = self._array, self._key
+        if ONE_ENTRY_BUG:
+            key = plain_steps(x, key)
         new = None if key is None or key is Ellipsis else _updated(x, key, value, op)
         if new is not None:
             return new

@@ -53,6 +53,13 @@ case("array.__invert__", operator.invert, integers(2, 3, low=-9, high=9))
 
 case("array.__getitem__", lambda x: x[1], X)
 case("array.__getitem__/slices", lambda x: x[:, 2:0:-1, ::2], X)
+case(
+    "array.__getitem__/steps of one entry",
+    lambda x: (x[::-1], x[0:1:2, ..., 0:2:2], x[..., 4:2:-2], x[-1::3, None, 0, 3:1:-4]),
+    normal(1, 3, 5),
+    # Old versions differentiate them wrongly.
+    reference=lambda x: (x, x[:, :, 0:1], x[..., 4:5], x[:, None, 0, 3:4]),
+)
 case("array.__getitem__/ellipsis", lambda x: x[..., None, -1], X)
 case("array.__getitem__/integers", lambda x: x[1, -2], X)
 case("array.__getitem__/new axes", lambda x: x[:, None, None], normal(2, 3))

@@ -150,6 +150,13 @@ case("array.__setitem__/integer", put(-2), Y, normal(4, 5))
 case("array.__setitem__/integers", put(1, -1), Y, normal(5), modes=FEW)
 case("array.__setitem__/element", put(1, 2, 3), Y, normal(), modes=FEW)
 case("array.__setitem__/strides", put(S(None, None, -1), S(3, 0, -2)), Y, normal(3, 2, 5))
+case(
+    "array.__setitem__/steps of one entry",
+    put(S(None, None, -1), S(0, 2, 2), S(4, 2, -2)),
+    normal(1, 4, 5),
+    normal(1, 1, 1),
+    reference=put(S(0, 1), S(0, 1), S(4, 5)),
+)
 case("array.__setitem__/cache", put(..., S(1, 3), ALL), Y, normal(3, 2, 5))
 case("array.__setitem__/ellipsis", put(1, ..., S(None, None, 2)), Y, normal(4, 3), modes=FEW)
 case("array.__setitem__/none", put(None, S(0, 2), ..., None), Y, normal(1, 2, 4, 5, 1), modes=FEW)
