@@ -24,3 +24,7 @@ MOVED_SHAPE_BUG = MLX < (0, 31, 2)
 #: `Select::jvp` and `DivMod::jvp` index tangents by argument number: out of bounds where only
 #: some arguments have one (0.31.1 and 0.31.2).
 SELECT_JVP_BUG = MLX < (0, 32, 0)
+
+#: `SliceUpdate::jvp` wants a tangent of both arguments: refused where one has none (0.32.0), or
+#: read out of bounds (0.31.1 and 0.31.2).
+TWO_TANGENTS_BUG = MLX < (0, 32, 4)

@@ -7,6 +7,7 @@ from . import control as control
 from . import convolution as convolution
 from . import elementwise as elementwise
 from . import experts as experts
+from . import fourier as fourier
 from . import indexing as indexing
 from . import linalg as linalg
 from . import losses as losses

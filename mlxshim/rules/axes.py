@@ -132,13 +132,16 @@ def _norm(owner: Any, name: str) -> None:
 _norm(mx.linalg, "norm")
 if hasattr(mx, "matrix_norm"):
     _norm(mx, "matrix_norm")
-_OLD = {"logsumexp", "median"} if MLX < (0, 32, 0) else set()  # plain_0_31.py has them
+#: plain_0_31.py and sorting.py have them.
+_ELSEWHERE = ({"logsumexp"} if MLX < (0, 32, 0) else set()) | (
+    {"median"} if MLX < (0, 32, 4) else set()
+)
 
 _squeezing(mx)
 _squeezing(mx.array)
 for _owner in (mx, mx.array):
-    for _name in {"sum", "mean", "var", "std", "logsumexp"} - _OLD:
+    for _name in {"sum", "mean", "var", "std", "logsumexp"} - _ELSEWHERE:
         _summing(_owner, _name)
-    for _name in {"max", "min", "prod", "median", "minmax"} - _OLD:
+    for _name in {"max", "min", "prod", "median", "minmax"} - _ELSEWHERE:
         if hasattr(_owner, _name):
             _selecting(_owner, _name)

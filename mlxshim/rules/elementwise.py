@@ -5,7 +5,7 @@
     NotEqual        answers with the operands' axes: wrong where only the second is mapped.
                     Here a != b is not (a == b), NaN included.
     DivMod          answers one axis for two outputs and is read out of bounds. Here it is
-                    (floor_divide(a, b), remainder(a, b)), before 0.32 truncated towards zero,
+                    (floor_divide(a, b), remainder(a, b)), in old versions truncated towards zero,
                     with the derivatives of MLX's divmod, which are zero.
 
 Source: mlx/primitives.cpp, `vmap_binary_op` and the `vmap` of these three.
@@ -14,6 +14,7 @@ Source: mlx/primitives.cpp, `vmap_binary_op` and the `vmap` of these three.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ import mlx.core as mx
 from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
-from ..core.versions import MLX, SELECT_JVP_BUG
+from ..core.versions import SELECT_JVP_BUG
 
 Operand = Any  # an array, or a scalar that MLX makes one
 
@@ -153,4 +154,11 @@ def _truncated(a: Operand, b: Operand, on: dict[str, Any]) -> list[mx.array]:
     return [mx.multiply(sign, quotient, **on), mx.multiply(sign_a, rest, **on)]
 
 
-_divmod = _truncated if MLX < (0, 32, 0) else _floored
+def _divmod(a: Operand, b: Operand, on: dict[str, Any]) -> list[mx.array]:
+    return (_truncated if _truncates() else _floored)(a, b, on)
+
+
+@functools.cache
+def _truncates() -> bool:
+    """Whether MLX's own rounds towards zero, as it did up to 0.32.0 at least."""
+    return original(mx, "divmod")(mx.array(-1), mx.array(2), stream=mx.cpu)[0].item() == 0

@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from ..core import levels
 from ..core.interception import intercept, original
-from ..core.versions import MLX, MLX_VERSION, SELECT_JVP_BUG
+from ..core.versions import MLX, MLX_VERSION, SELECT_JVP_BUG, TWO_TANGENTS_BUG
 from ._fronted import fronted
 from ._one_entry import ONE_ENTRY_BUG, plain_steps
 from ._tracers import is_tracer
@@ -98,7 +98,7 @@ def take(x: mx.array, indices: Any, axis: int | None = None, *, stream: Any = No
 
 def _concerned() -> bool:
     stack = levels.active()
-    return "vmap" in stack or (SELECT_JVP_BUG and "jvp" in stack)
+    return "vmap" in stack or (TWO_TANGENTS_BUG and "jvp" in stack)
 
 
 @intercept(mx.array, "__setitem__")

@@ -5,11 +5,9 @@
     ArcTan2::jvp     the same, for two.
     Power::jvp       uses the first tangent for both arguments.
     LogSumExp::jvp   forgets to sum.
-    FFT::jvp         transforms every axis; FFT::vmap misjudges the shape of real transforms.
     Divide::vmap     divides integers as floats.
-    Sort::vjp        gathers where it should scatter (median).
-    View::vmap, and Scatter::vmap with updates (the gradient of an index), misplace an inner mapped
-    axis: a reshape brings it to the front.
+    Scatter::vmap with updates (the gradient of an index and of a diagonal) misplaces an inner
+    mapped axis: a reshape brings it to the front.
 
 Imported only on these versions; delete it, and what imports it, when 0.32.0 is the oldest served.
 """
@@ -133,23 +131,6 @@ _logsumexp(mx)
 _logsumexp(mx.array)
 
 
-def _fourier(name: str, real: bool) -> None:
-    @intercept(mx.fft, name)
-    def transform(a: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        stack = levels.active()
-        if "jvp" in stack:
-            _refuse(f"fft.{name}", "jvp", "its tangent is transformed over every axis there")
-        if real and "vmap" in stack:
-            _refuse(f"fft.{name}", "vmap", "it misjudges the shape there")
-        return original(mx.fft, name)(a, *args, **kwargs)
-
-
-for _name in ("fft", "ifft", "fft2", "ifft2", "fftn", "ifftn"):
-    _fourier(_name, real=False)
-for _name in ("rfft", "irfft", "rfft2", "irfft2", "rfftn", "irfftn"):
-    _fourier(_name, real=True)
-
-
 # Integer division -------------------------------------------------------------------------------
 
 
@@ -206,14 +187,6 @@ _floor_divide(mx.array, "__ifloordiv__", assigns=True)
 # Mapped axes in inner places --------------------------------------------------------------------
 
 
-def _view(owner: Any) -> None:
-    @intercept(owner, "view")
-    def view(a: Any, dtype: mx.Dtype, *args: Any, **kwargs: Any) -> mx.array:
-        if isinstance(a, mx.array):
-            a = fronted(a)
-        return original(owner, "view")(a, dtype, *args, **kwargs)
-
-
 def _diagonal(owner: Any) -> None:
     @intercept(owner, "diagonal")
     def diagonal(a: mx.array, *args: Any, **kwargs: Any) -> mx.array:
@@ -221,22 +194,4 @@ def _diagonal(owner: Any) -> None:
 
 
 for _owner in (mx, mx.array):
-    _view(_owner)
     _diagonal(_owner)
-
-
-@intercept(mx, "median")
-def median(
-    a: mx.array, /, axis: Any = None, keepdims: bool = False, *, stream: Any = None
-) -> mx.array:
-    stack = levels.active()
-    if "grad" in stack:
-        _refuse("median", "grad", "the gradient of a sort is wrong there")
-    if "vmap" not in stack:
-        return original(mx, "median")(a, axis, keepdims, stream=stream)
-    several = axis if isinstance(axis, (tuple, list)) else [axis]
-    axes = sorted(i % a.ndim for i in (range(a.ndim) if axis is None else several))
-    stay = [i for i in range(a.ndim) if i not in axes]
-    flat = mx.reshape(mx.transpose(a, (*stay, *axes)), (*(a.shape[i] for i in stay), -1))
-    out = fronted(original(mx, "median")(fronted(flat), -1))
-    return mx.expand_dims(out, axes) if keepdims else out

@@ -8,7 +8,11 @@ is `x` written into an array of `v`, where MLX is wrong or cannot: `v` in a trac
 
 is a view of the samples one after the other; without a batching rule in MLX.
 
-Source: mlx/primitives.cpp, `Pad` (whose vjp and jvp know nothing of `v`), `AsStrided`.
+    mx.view(x, dtype)
+
+is of the last axis: before 0.32.4 MLX's rule misplaces a mapped axis behind it.
+
+Source: mlx/primitives.cpp, `Pad` (whose vjp and jvp know nothing of `v`), `AsStrided`, `View`.
 """
 
 from __future__ import annotations
@@ -125,3 +129,19 @@ def as_strided(
         strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
     with _on(stream):
         return _strided(a, shape=checked.shape, strides=tuple(strides), offset=offset)[0]
+
+
+# Views as another dtype ---------------------------------------------------------------------------
+
+
+def _viewing(owner: Any) -> None:
+    @intercept(owner, "view")
+    def view(a: Any, dtype: mx.Dtype, *args: Any, **kwargs: Any) -> mx.array:
+        if isinstance(a, mx.array):
+            a = fronted(a)
+        return original(owner, "view")(a, dtype, *args, **kwargs)
+
+
+if MLX < (0, 32, 4):
+    for _owner in (mx, mx.array):
+        _viewing(_owner)

@@ -9,7 +9,7 @@ more axis of the window, taken whole.
 MLX's batching rule gives unmapped updates an axis of 1, where its kernel reads the size of the
 batch: only the first sample is written. Its vjp writes zeros that are never mapped, so that with
 mapped updates the gradient is wrong in the same way. It has no jvp but for set and add, and
-before 0.32 that reads tangents out of bounds unless both arguments have one.
+before 0.32.4 none of these unless both arguments have a tangent.
 
 Source: mlx/primitives.cpp, `SliceUpdate`.
 """
@@ -24,7 +24,7 @@ import mlx.core as mx
 from ..core import levels
 from ..core.interception import original
 from ..core.primitive import Arrays, Axes, Primitive
-from ..core.versions import MLX, SELECT_JVP_BUG
+from ..core.versions import MLX, TWO_TANGENTS_BUG
 
 #: (start, stop, step) of each axis, as a slice has them.
 Window = tuple[tuple[int, "int | None", int], ...]
@@ -142,6 +142,6 @@ _pushed = Primitive("array.__setitem__", lowering=_value, **_rules)
 def write(y: mx.array, u: mx.array, window: Window, op: str) -> mx.array:
     """`y` with `u` set, added, … in the window; `u` has as many dimensions, and `y`'s dtype."""
     stack = levels.active()
-    if "jvp" in stack and "vmap" not in stack and (SELECT_JVP_BUG or op not in _LINEAR):
+    if "jvp" in stack and "vmap" not in stack and (TWO_TANGENTS_BUG or op not in _LINEAR):
         return _pushed.differentiable(y, u, window=window, op=op)[0]
     return _write(y, u, window=window, op=op)[0]

@@ -22,10 +22,10 @@ for name in ("sum", "mean", "max", "min", "logsumexp", "var", "std", "prod"):
     case(name, fun, normal(2, 3, 4), dtypes=HALF)
     case(f"{name}/axis", lambda x, f=fun: f(x, axis=1), normal(2, 3, 4))
     case(f"{name}/axes", lambda x, f=fun: f(x, axis=(0, -1), keepdims=True), normal(2, 3, 4))
-for name in ("sum", "mean", "max", "min", "logsumexp", "var", "std", "prod", "median"):
+for name in ("sum", "mean", "max", "min", "logsumexp", "var", "std", "prod"):
     fun = op(name)
     case(f"{name}/leading axes", lambda x, f=fun: f(x, axis=(1, 0)), normal(2, 3, 4), modes=DEEP)
-for name in ("max", "prod", "median"):
+for name in ("max", "prod"):
     fun = op(name)
     case(
         f"{name}/leading axes kept",
@@ -74,9 +74,6 @@ case("cumulative_prod", lambda x: mx.cumulative_prod(x, axis=0), normal(3, 2))
 case("softmax", lambda x: mx.softmax(x, axis=0), normal(3, 2), dtypes=HALF)
 case("softmax/axes", lambda x: mx.softmax(x, axis=(0, 1)), normal(3, 2, 2))
 case("softmax/precise", lambda x: mx.softmax(x, axis=-1, precise=True), normal(3, 2), dtypes=HALF)
-case("median", lambda x: mx.median(x, axis=1), normal(2, 3))
-case("median/even", lambda x: mx.median(x, axis=0, keepdims=True), normal(4, 3))
-case("median/everything", mx.median, normal(2, 3))
 case("linalg.norm/leading axes", lambda x: mx.linalg.norm(x, axis=(1, 0)), normal(2, 3, 4))
 case("matrix_norm", lambda x: mx.matrix_norm(x, axis=(0, 1), keepdims=True), normal(2, 3, 4))
 case("trace", mx.trace, normal(3, 4))
