@@ -21,6 +21,7 @@ from ._render import render
 #: Name -> its arguments for a share of the time, in minutes.
 BENCHMARKS: dict[str, Callable[[float], list[str]]] = {
     "trace": lambda minutes: ["--minutes", f"{minutes:.2f}"],
+    "overhead": lambda minutes: ["--minutes", f"{minutes:.2f}"],
     "attention": lambda minutes: ["--repeats", "20"],
     "operations": lambda minutes: ["--repeats", "20"],
     "scaling": lambda minutes: ["--minutes", f"{minutes:.2f}"],

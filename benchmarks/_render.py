@@ -51,6 +51,17 @@ def trace(result: Result) -> str:
     )  # fmt: skip
 
 
+def overhead(result: Result) -> str:
+    head = ("", "MLX's own", "mlxshim", "difference")
+    return table(
+        head,
+        (
+            (row["section"], *(number(row, key, "µs") for key in ("mlx", "mlxshim", "difference")))
+            for row in result["rows"]
+        ),
+    )
+
+
 def attention(result: Result) -> str:
     names = list(dict.fromkeys(row["contender"] for row in result["rows"]))
     text = []
@@ -139,6 +150,7 @@ def plain(result: Result) -> str:
 
 SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "trace": ("The cost of a trace", trace),
+    "overhead": ("A call with nothing to transform", overhead),
     "attention": ("Attention", attention),
     "operations": ("Fused operations", operations),
     "scaling": ("Scaling", scaling),

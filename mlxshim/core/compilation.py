@@ -12,7 +12,6 @@ find the switch on in the middle of its trace.
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -91,28 +90,18 @@ def after_fork() -> None:
 
 def _is_on() -> bool:
     # There is no getter: a compiled function that has been called before is not called again.
-    probe, calls = _probe()
-    x = _argument()
-    for _ in range(2):
-        before = len(calls)
-        probe(x)
-        if len(calls) == before:
-            return True
-    calls.clear()
-    return False
+    _calls.clear()
+    _probe()
+    if _calls:
+        _calls.clear()
+        _probe()
+    return not _calls
 
 
-@functools.cache
-def _probe() -> tuple[Callable[[mx.array], mx.array], list[None]]:
-    calls: list[None] = []
-
-    def probed(x: mx.array) -> mx.array:
-        calls.append(None)
-        return x
-
-    return mx.compile(probed), calls
+_calls: list[None] = []
 
 
-@functools.cache
-def _argument() -> mx.array:
-    return mx.array(0)
+@mx.compile
+def _probe() -> list[mx.array]:
+    _calls.append(None)
+    return []

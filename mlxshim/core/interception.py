@@ -73,7 +73,20 @@ class _Module:
 
     def __init__(self, owner: ModuleType) -> None:
         self.owner, self.plain = owner, type(owner)
-        self.replaced = type(f"Intercepted_{owner.__name__}", (self.plain,), {})
+        self.replaced = type(f"Intercepted_{owner.__name__}", (self.plain,), self._look_up())
+
+    def _look_up(self) -> dict[str, Any]:
+        """The class' own way to an attribute.
+
+        From CPython 3.14 on an instruction that has seen the module reads its dictionary without
+        asking the class, unless that looks attributes up by another function than modules do.
+        """
+        members: dict[str, Any] = {}
+        if self.plain is ModuleType:
+            members["__getattribute__"] = object.__getattribute__
+            if "__getattr__" in vars(self.owner):  # mlx.core.random has its state so
+                members["__getattr__"] = lambda _, name: vars(self.owner)["__getattr__"](name)
+        return members
 
     def add(self, entry: Interception) -> None:
         namespace, name = vars(self.owner), entry.name

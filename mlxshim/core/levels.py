@@ -45,7 +45,11 @@ class VmapLevel:
         self.depth = 0
 
 
-class _Levels(threading.local):
+class _Here:
+    """The levels of one thread. (An attribute of a `threading.local` takes 5 times as long.)"""
+
+    __slots__ = ("abstract", "calls", "running", "stack", "vmaps")
+
     def __init__(self) -> None:
         self.stack: list[Kind] = []
         self.vmaps: list[VmapLevel] = []
@@ -55,6 +59,12 @@ class _Levels(threading.local):
         self.running = 0
         #: Whether only shapes and dependencies are asked for.
         self.abstract = False
+
+
+class _Levels(threading.local):
+    def __init__(self) -> None:
+        self.here = _Here()
+        self.stack, self.vmaps = self.here.stack, self.here.vmaps
 
 
 _levels = _Levels()
@@ -92,13 +102,13 @@ def vmaps() -> list[VmapLevel]:
 
 def place() -> tuple[int, int, int, int]:
     """How deep this thread is in levels."""
-    local = _levels
+    local = _levels.here
     return len(local.stack), len(local.vmaps), len(local.calls), local.running
 
 
 def back_to(place: tuple[int, int, int, int]) -> None:
     """Clear away the levels that an interrupt, which may come between any two steps, has left."""
-    local = _levels
+    local = _levels.here
     stack, vmaps, calls, running = place
     if len(local.stack) != stack or len(local.vmaps) != vmaps or len(local.calls) != calls:
         del local.stack[stack:], local.vmaps[vmaps:], local.calls[calls:]
@@ -110,17 +120,18 @@ def back_to(place: tuple[int, int, int, int]) -> None:
 
 def is_abstract() -> bool:
     """Whether what is traced will never be evaluated: no loop has to run for its end."""
-    return _levels.abstract
+    return _levels.here.abstract
 
 
 @contextlib.contextmanager
 def abstract() -> Iterator[None]:
     """Within it, arrays are traced for their shapes and for what they depend on alone."""
-    before, _levels.abstract = _levels.abstract, True
+    local = _levels.here
+    before, local.abstract = local.abstract, True
     try:
         yield
     finally:
-        _levels.abstract = before
+        local.abstract = before
 
 
 @contextlib.contextmanager
@@ -158,7 +169,7 @@ def at_vmap(level: VmapLevel, fun: Callable[..., R]) -> Callable[..., R]:
     fun = _standing_in(fun)
 
     def traced(mapped: mx.array, *args: object, **kwargs: object) -> R:
-        local = _levels
+        local = _levels.here
         level.mapped, level.depth = mapped, len(local.vmaps)
         # Left in place for MLX's part, unless nobody would clear it away.
         stays = bool(local.calls) and not local.calls[-1]
@@ -188,7 +199,7 @@ def mapping(mapped: Callable[..., R]) -> Callable[..., R]:
     """`mapped`, which `mx.vmap` made, clearing away the level that its function leaves."""
 
     def call(*args: object, **kwargs: object) -> R:
-        local = _levels
+        local = _levels.here
         depth, vmaps = len(local.stack), len(local.vmaps)
         local.calls.append(False)
         try:
@@ -204,7 +215,7 @@ def further_out(rule: Callable[..., R]) -> Callable[..., R]:
     """A batching rule, run among the levels around the vmap it serves."""
 
     def outside(*args: object) -> R:
-        local = _levels
+        local = _levels.here
         if not local.vmaps or local.vmaps[-1].mapped is not None or local.stack[-1] != "vmap":
             return rule(*args)
         level = local.vmaps.pop()

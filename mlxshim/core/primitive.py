@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import levels
+from . import levels, native
 from .plans import Noted, Plan, placeholder
 
 Arrays = Sequence[mx.array]
@@ -167,7 +167,7 @@ class Primitive:
         def fun(*xs: mx.array) -> list[mx.array]:
             return self.decomposition(*xs, **static)
 
-        return mx.vjp(fun, list(primals), list(cotangents))[1]
+        return native.vjp(fun, list(primals), list(cotangents))[1]
 
     def _jvp_of_decomposition(
         self, primals: Arrays, tangents: Sequence[mx.array | None], **static: Any
@@ -180,7 +180,7 @@ class Primitive:
                 full[i] = x
             return self.decomposition(*full, **static)
 
-        return mx.jvp(fun, [primals[i] for i in active], [tangents[i] for i in active])[1]  # pyright: ignore
+        return native.jvp(fun, [primals[i] for i in active], [tangents[i] for i in active])[1]  # pyright: ignore
 
 
 def _node(

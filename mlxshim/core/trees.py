@@ -48,10 +48,10 @@ def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 def map_leaves(fun: Callable[[Any], Any], tree: Any) -> Any:
     """`tree` with `fun(leaf)` in the place of every leaf."""
-    if isinstance(tree, mx.array):
-        return fun(tree)
-    below = children(tree)
-    if below is None:
+    kind = type(tree)
+    if kind is dict:
+        return {key: map_leaves(fun, child) for key, child in tree.items()}
+    if kind is mx.array or (below := children(tree)) is None:
         return fun(tree)
     return rebuild(tree, [map_leaves(fun, child) for _, child in below])
 
@@ -71,9 +71,13 @@ def map_with_prefix(
 
     Raises `PrefixError` where the prefix goes deeper than the tree, or branches otherwise.
     """
+    if type(tree) is dict and type(prefix) is dict and tree.keys() == prefix.keys():
+        return {
+            key: map_with_prefix(fun, child, prefix[key], (*path, key))
+            for key, child in tree.items()
+        }
     if prefix is None or (isinstance(prefix, int) and not isinstance(prefix, bool)):
-        below = None if isinstance(tree, mx.array) else children(tree)
-        if below is None:
+        if type(tree) is mx.array or (below := children(tree)) is None:
             return fun(tree, prefix, path)
         return rebuild(
             tree, [map_with_prefix(fun, child, prefix, (*path, key)) for key, child in below]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -49,10 +48,12 @@ class Inputs:
         self.args = args
         self.kwargs = kwargs
         specs = _specs(args, in_axes, self._name)
-        # Plain arrays, the common case, need no walk.
+        # The common cases need no walk: plain arrays, and what all samples share.
         self.args = tuple(
-            self._mapped(arg, spec, (i,))
-            if isinstance(arg, mx.array) and (spec is None or type(spec) is int)
+            arg
+            if spec is None
+            else self._mapped(arg, spec, (i,))
+            if type(arg) is mx.array and type(spec) is int
             else self._walk(arg, spec, (i,))
             for i, (arg, spec) in enumerate(zip(args, specs))
         )
@@ -132,12 +133,14 @@ class Inputs:
                 return samples[leaf.index]
             # What the function does to an array in place is not done to the caller's: another
             # array object of the same memory. mx.array(leaf) would copy it, from 0.32 on.
-            return copy.copy(leaf) if isinstance(leaf, mx.array) else leaf
+            return leaf.__copy__() if isinstance(leaf, mx.array) else leaf
 
         args = tuple(
             samples[arg.index] if type(arg) is Slot else trees.map_leaves(fill, arg)
             for arg in self.args
         )
+        if not self.kwargs:
+            return args, {}
         return args, {key: trees.map_leaves(fill, arg) for key, arg in self.kwargs.items()}
 
     def _name(self, path: trees.Path) -> str:

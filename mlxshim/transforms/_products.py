@@ -21,7 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..core import replay
+from ..core import native, replay
 from ..core.errors import ArgumentError
 from ..core.levels import at_level
 from ..core.versions import MLX, MLX_VERSION
@@ -78,7 +78,7 @@ def pull(run: Flat, primals: Sequence[mx.array], cotangents: Sequence[mx.array])
         return [mx.expand_dims(y, 0) for y in run(*arrays)]
 
     seeds = [mx.expand_dims(conjugate(c), 0) for c in cotangents]
-    pulled = mx.vjp(at_level("grad", body), list(primals), seeds)[1]
+    pulled = native.vjp(at_level("grad", body), list(primals), seeds)[1]
     return [conjugate(g) for g in pulled]
 
 
@@ -90,7 +90,7 @@ def push(
         outputs = run()
         return outputs, [mx.zeros_like(y) for y in outputs]
     try:
-        return mx.jvp(at_level("jvp", run), list(primals), list(tangents))
+        return native.jvp(at_level("jvp", run), list(primals), list(tangents))
     except (ValueError, RuntimeError) as e:
         if not any(words in str(e) for words in _NO_FORWARD_MODE):
             raise

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, overload
 import mlx.core as mx
 from typing_extensions import ParamSpec
 
-from ..core import trees
+from ..core import native, trees
 from ..core.errors import ArgumentError
 from ..core.interception import intercepted
 from ..core.levels import at_level
@@ -104,7 +104,8 @@ def value_and_grad(
     g = _Gradient(
         "value_and_grad", fun, argnums, argnames, has_aux, holomorphic, allow_int, conjugate
     )
-    return functools.wraps(fun, updated=())(intercepted(g.value_and_grad))
+    quick = g.quick_with_value() or g.value_and_grad
+    return functools.wraps(fun, updated=())(intercepted(quick))
 
 
 @overload
@@ -239,10 +240,17 @@ class _Gradient:
         self.tag, self.fun, self.has_aux = tag, fun, has_aux
         self.holomorphic, self.allow_int, self.conjugate = holomorphic, allow_int, conjugate
 
-    def quick(self) -> Callable[..., Any] | None:
-        """`grad` in the one case that is asked for most: one real argument and no more options."""
-        n, fun = self.argnums, self.fun
+    def _one_number(self) -> int | None:
+        """The argument's number in the case that is asked for most: one, and no more options."""
+        n = self.argnums
         if type(n) is not int or n < 0 or self.names or self.has_aux or self.holomorphic:
+            return None
+        return n
+
+    def quick(self) -> Callable[..., Any] | None:
+        """`grad` of one real argument."""
+        n, fun = self._one_number(), self.fun
+        if n is None:
             return None
 
         def scalar(*args: Any, **kwargs: Any) -> mx.array:
@@ -251,16 +259,41 @@ class _Gradient:
                 return y
             return self._scalar(y)
 
-        native = mx.grad(at_level("grad", scalar), n)
+        mlx_grad = native.grad(at_level("grad", scalar), n)
 
         def quick(*args: Any, **kwargs: Any) -> Any:
             if n < len(args):
                 x = args[n]
                 if (type(x) is mx.array and x.dtype in REAL) or plain(x):
-                    return native(*args, **kwargs)
+                    return mlx_grad(*args, **kwargs)
             return self.grad(*args, **kwargs)
 
         return quick
+
+    def quick_with_value(self) -> Callable[..., Any] | None:
+        """`value_and_grad` of one real argument."""
+        n = self._one_number()
+        if n is None:
+            return None
+
+        def quick(*args: Any, **kwargs: Any) -> Any:
+            if n < len(args):
+                x = args[n]
+                if (type(x) is mx.array and x.dtype in REAL) or plain(x):
+                    return self._real(args, kwargs, n)
+            return self.value_and_grad(*args, **kwargs)
+
+        return quick
+
+    def _real(self, args: tuple[Any, ...], kwargs: dict[str, Any], *which: Any) -> tuple[Any, Any]:
+        """The value, and MLX's own gradient with respect to real arguments."""
+        fun, results = self.fun, []
+
+        def body(*args: Any, **kwargs: Any) -> mx.array:
+            return self._value(fun(*args, **kwargs), results)
+
+        grads = native.grad(at_level("grad", body), *which)(*args, **kwargs)
+        return results[0], grads
 
     def grad(self, *args: Any, **kwargs: Any) -> Any:
         value, grads = self.value_and_grad(*args, **kwargs)
@@ -281,24 +314,20 @@ class _Gradient:
                     f"[{self.tag}] argnames has {name!r}, but the call has no keyword argument of "
                     f"that name: it has {list(kwargs)}."
                 )
-        results: list[Any] = []
         chosen = [args[n] for n in numbers], {name: kwargs[name] for name in self.names}
         if not self.holomorphic and plain(chosen[0]) and plain(chosen[1]):
-
-            def body(*args: Any, **kwargs: Any) -> mx.array:
-                return self._value(self.fun(*args, **kwargs), results)
-
             # MLX wants ascending numbers, and has one gradient for one number.
             ordered = sorted(numbers)
             names = [*self.names]
-            grads: Any = mx.grad(at_level("grad", body), ordered, names)(*args, **kwargs)
+            value, grads = self._real(args, kwargs, ordered, names)
             positional, named = grads if names else (grads, {})
             positional = (positional,) if len(ordered) == 1 else positional
             found = tuple(positional[ordered.index(n)] for n in numbers)
-            return results[0], self._answer(found, named)
+            return value, self._answer(found, named)
 
         parts = Parts(chosen, self._namer(numbers))
         self._check(parts)
+        results: list[Any] = []
 
         def of_arrays(arrays: list[mx.array]) -> mx.array:
             positional, named = parts.fill(arrays)
@@ -308,7 +337,7 @@ class _Gradient:
             return self._value(self.fun(*full, **{**kwargs, **named}), results)
 
         if parts.arrays:
-            grads = mx.grad(at_level("grad", of_arrays))(parts.arrays)
+            grads = native.grad(at_level("grad", of_arrays))(parts.arrays)
             if self.holomorphic or self.conjugate is False:
                 grads = [conjugated(g) for g in grads]
         else:
@@ -371,6 +400,9 @@ class _Gradient:
             value, aux = pair(result, self.tag)
             scalar = self._scalar(value)
             results.append((scalar, aux))
+        elif type(result) is mx.array and result.ndim == 0 and result.dtype in REAL:
+            scalar = result
+            results.append(result)
         elif type(result) is tuple and result:
             scalar = self._scalar(result[0])
             results.append((scalar, *result[1:]))

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar, overload
 
 import mlx.core as mx
 
+from ..core import native
 from ..core.errors import ArgumentError
 from ..core.interception import intercepted
 from ..core.levels import at_level
@@ -115,10 +116,10 @@ def _vjp_of_lists(
         return [mx.expand_dims(y, 0) for y in outputs]
 
     seeds = [mx.expand_dims(c, 0) for c in cotangents]
-    pulled = mx.vjp(at_level("grad", body), list(primals), seeds)[1]
+    pulled = native.vjp(at_level("grad", body), list(primals), seeds)[1]
     if len(outputs) != len(cotangents):
         # MLX wants no cotangent for an output that is a stop_gradient.
-        return mx.vjp(at_level("grad", fun), list(primals), list(cotangents))
+        return native.vjp(at_level("grad", fun), list(primals), list(cotangents))
     return outputs, pulled
 
 

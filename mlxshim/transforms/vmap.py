@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import mlx.core as mx
 from typing_extensions import ParamSpec
 
-from ..core import levels
+from ..core import levels, native
 from ..core.errors import NoBatchingRule, PerformanceWarning
 from ..core.interception import intercepted
 from ..core.levels import VmapLevel, at_vmap
@@ -80,28 +80,31 @@ def vmap(
     _check_options(axis_name, axis_size, randomness, chunk_size, fallback)
 
     plans = Plans()
+    flat = _axes_of_arrays(in_axes)
+    axes: Any = flat[0] if isinstance(flat, tuple) and len(flat) == 1 else flat
+    named = axis_name is not None
 
     @functools.wraps(fun, updated=())
     @intercepted
     def mapped(*args: P.args, **kwargs: P.kwargs) -> R:
         loop = False
-        if not kwargs and chunk_size is None and type(in_axes) is int:
-            size = _common_size(args, in_axes)
-            if size > 0 and axis_size in (None, size):
-                # Every argument is a mapped array: the trace is ours to keep short.
-                outputs = Outputs(out_axes, axis_name is not None)
-                plan = plans.of(args[0].shape)  # pyright: ignore
+        if flat is not None and not kwargs and chunk_size is None:
+            size, first = _common_size(args, flat)
+            if size > 0 and (axis_size is None or axis_size == size):
+                # Every argument is an array: the trace is ours to keep short.
+                outputs = Outputs(out_axes, named)
+                plan = plans.of(args[first].shape)  # pyright: ignore
                 body = at_vmap(VmapLevel(axis_name, size, randomness, plan), fun)
                 try:
-                    results = mx.vmap(
-                        lambda *xs: outputs.take(body(xs[0], *xs)), in_axes, outputs.axes
+                    results = native.vmap(
+                        lambda *xs: outputs.take(body(xs[first], *xs)), axes, outputs.axes
                     )(*args)
                     return outputs.give(results)
                 except Exception as e:
                     _loop_or_raise(e, outputs, fallback, axis_name)
                     loop = True
         inputs = Inputs(fun, args, kwargs, in_axes, axis_size)
-        outputs = Outputs(out_axes, axis_name is not None)
+        outputs = Outputs(out_axes, named)
         # Much of MLX divides by the extent of an axis: instead of none, one of zeros is traced.
         count = max(inputs.size, 1)
         chunk = chunk_size or count
@@ -130,17 +133,34 @@ def vmap(
     return mapped
 
 
-def _common_size(args: tuple[Any, ...], axis: int) -> int:
-    """The size of the mapped axis if all arguments are arrays that have it, else -1."""
-    size = -1
-    for x in args:
-        if type(x) is not mx.array or not -x.ndim <= axis < x.ndim:
-            return -1
-        if x.shape[axis] != size:
+def _axes_of_arrays(in_axes: Any) -> int | tuple[int | None, ...] | None:
+    """in_axes if it goes with arguments that are arrays: an int for all, or one for each."""
+    if type(in_axes) is int:
+        return in_axes
+    if type(in_axes) not in (tuple, list) or all(axis is None for axis in in_axes):
+        return None
+    return tuple(in_axes) if all(axis is None or type(axis) is int for axis in in_axes) else None
+
+
+def _common_size(args: tuple[Any, ...], axes: int | tuple[int | None, ...]) -> tuple[int, int]:
+    """The size of the mapped axis if all arguments are arrays, and who has it; else -1."""
+    size, first = -1, 0
+    several = (axes,) * len(args) if isinstance(axes, int) else axes
+    if len(several) != len(args):
+        return -1, 0
+    for n, (x, axis) in enumerate(zip(args, several)):
+        if type(x) is not mx.array:
+            return -1, 0
+        if axis is None:
+            continue
+        shape = x.shape
+        if not -len(shape) <= axis < len(shape):
+            return -1, 0
+        if shape[axis] != size:
             if size != -1:
-                return -1
-            size = x.shape[axis]
-    return size
+                return -1, 0
+            size, first = shape[axis], n
+    return size, first
 
 
 def _batched(
@@ -157,7 +177,7 @@ def _batched(
         return outputs.take(body(samples[0], *args, **kwargs))
 
     axes = tuple(inputs.axes) if len(inputs.axes) > 1 else inputs.axes[0]
-    results: Any = mx.vmap(per_sample, axes, outputs.axes)(*arrays)
+    results: Any = native.vmap(per_sample, axes, outputs.axes)(*arrays)
     return [results] if isinstance(results, mx.array) else list(results)
 
 

@@ -1,0 +1,130 @@
+"""What a transform costs where there is nothing to transform: microseconds of one call.
+
+    python -m benchmarks.overhead [--json FILE] [--png FILE] [--minutes 0.5]
+
+The function returns its argument, or a sum of it; nothing is evaluated. Each transform of mlxshim
+is called in turn with MLX's own of the same name, in one run; the median of all calls. "difference"
+is what mlxshim adds. A call within another transform adds less: what is intercepted is then in
+place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+import mlxshim
+
+from ._measure import describe_machine
+
+Call = Callable[[], Any]
+
+
+def interleaved(calls: list[Call], seconds: float) -> list[float]:
+    """The median microseconds of each, called in turn."""
+    times: list[list[int]] = [[] for _ in calls]
+    for call in calls:
+        for _ in range(100):
+            call()
+    clock, end = time.perf_counter_ns, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for call, column in zip(calls, times):
+            begin = clock()
+            call()
+            column.append(clock() - begin)
+    return [statistics.median(column) / 1e3 for column in times]
+
+
+def cases() -> dict[str, Callable[[Any], Call]]:
+    """Name -> (a module with transforms) -> the call."""
+    xs, x = mx.ones((4, 3)), mx.ones((3,))
+    q = mx.ones((2, 1, 4, 8, 16))
+    weights = {"w": mx.ones((4, 3)), "b": mx.ones((4, 3))}
+    mx.eval(xs, x, q, weights)
+    table: dict[str, Callable[[Any], Call]] = {}
+
+    def of(name: str, make: Callable[[Any], Callable[..., Any]], *args: Any) -> None:
+        table[name] = lambda lib: functools.partial(make(lib), *args)
+
+    def first(*args: mx.array) -> mx.array:
+        return args[0]
+
+    def total(*args: mx.array) -> mx.array:
+        return args[0].sum()
+
+    for n in range(1, 6):
+        of(f"vmap, {n} arguments", lambda lib: lib.vmap(first), *[xs] * n)
+    shared, tree = (None, 0), {"w": 0, "b": 0}
+    of("vmap, in_axes=(None, 0)", lambda lib: lib.vmap(lambda a, b: b, in_axes=shared), x, xs)
+    of("vmap, a dict", lambda lib: lib.vmap(lambda p: p["w"], in_axes=tree), weights)
+    of("vmap(vmap)", lambda lib: lib.vmap(lib.vmap(first)), xs)
+
+    def attend(q: mx.array) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(q, q, q, scale=0.25)
+
+    of("vmap, one attention", lambda lib: lib.vmap(attend), q)
+    for n in range(1, 6):
+        of(f"grad, {n} arguments", lambda lib: lib.grad(total), *[x] * n)
+    of("grad, a dict", lambda lib: lib.grad(lambda p: p["w"].sum()), weights)
+    of("grad, argnums=[0, 1]", lambda lib: lib.grad(total, argnums=[0, 1]), x, x)
+    of("value_and_grad", lambda lib: lib.value_and_grad(total), x)
+    of("value_and_grad, a dict", lambda lib: lib.value_and_grad(lambda p: p["w"].sum()), weights)
+    of("vmap(grad)", lambda lib: lib.vmap(lib.grad(total)), xs)
+    of("grad(vmap)", lambda lib: lib.grad(lambda a: lib.vmap(first)(a).sum()), xs)
+    of("vjp", lambda lib: lambda c: lib.vjp(first, c, c), [x])
+    of("jvp", lambda lib: lambda c: lib.jvp(first, c, c), [x])
+    return table
+
+
+def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 0.3 * len(rows) + 1))
+    names = [row["section"] for row in rows][::-1]
+    axis.barh(names, [row["mlxshim"] for row in rows][::-1], label="mlxshim")
+    axis.barh(names, [row["mlx"] for row in rows][::-1], label="MLX", height=0.4)
+    axis.set(title=title, xlabel="µs of one call")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=0.5)
+    parser.add_argument("--json")
+    parser.add_argument("--png")
+    options = parser.parse_args()
+    about = {
+        "command": " ".join(["python -m benchmarks.overhead", *sys.argv[1:]]),
+        **describe_machine(),
+    }
+    print(json.dumps(about, default=str))
+    table, rows = cases(), []
+    for name, make in table.items():
+        seconds = options.minutes * 60 / len(table)
+        mlx, ours = interleaved([make(mx), make(mlxshim)], seconds)
+        rows.append({"section": name, "mlx": mlx, "mlxshim": ours, "difference": ours - mlx})
+        print(
+            f"{name:<26} MLX {mlx:7.2f}   mlxshim {ours:7.2f}   {ours - mlx:+7.2f} µs", flush=True
+        )
+    if options.json:
+        result = {**about, "rows": rows}
+        Path(options.json).write_text(json.dumps(result, indent=1, default=str) + "\n")
+    if options.png:
+        draw(rows, options.png, f"A call with nothing to do, MLX {mx.__version__}")
+
+
+if __name__ == "__main__":
+    main()
