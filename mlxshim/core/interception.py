@@ -155,12 +155,9 @@ def original(owner: Any, name: str) -> Any:
     entry = _table.get((owner, name))
     if entry is None:
         return getattr(owner, name)
-    if isinstance(owner, ModuleType):
-        current = vars(owner)[name]
-    elif _calls:
+    if _calls:
         return entry.original
-    else:
-        current = getattr(owner, name)
+    current = vars(owner)[name] if isinstance(owner, ModuleType) else getattr(owner, name)
     return current if current is not entry.stand_in else entry.original
 
 

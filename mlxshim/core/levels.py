@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import mlx.core as mx
 
 from . import compilation
-from .plans import Plan
+from .plans import Noted, Plan
 
 R = TypeVar("R")
 Kind = Literal["vmap", "grad", "jvp"]
@@ -27,7 +27,7 @@ Kind = Literal["vmap", "grad", "jvp"]
 class VmapLevel:
     """What rules and collectives may ask of one active vmap."""
 
-    __slots__ = ("axis_name", "calls", "depth", "mapped", "plan", "randomness", "size")
+    __slots__ = ("axis_name", "calls", "depth", "mapped", "plan", "randomness", "size", "used")
 
     def __init__(
         self, axis_name: object, size: int, randomness: str, plan: Plan | None = None
@@ -38,6 +38,8 @@ class VmapLevel:
         #: What is known of this trace, and how many calls of primitives it has made so far.
         self.plan = plan
         self.calls = 0
+        #: What the plan knew of the last call, if it was used.
+        self.used: Noted | None = None
         #: A tracer of this level that is mapped for certain: one of its inputs. None once the
         #: function has returned, and MLX maps what it recorded.
         self.mapped: mx.array | None = None

@@ -25,16 +25,18 @@ _LEARNING = (2, 3)  # a vmap that is made anew for every call learns nothing, an
 class Noted:
     """One call of a primitive that was mapped."""
 
-    __slots__ = ("form", "inputs", "node")
+    __slots__ = ("asked", "form", "inputs", "node")
 
     def __init__(self, form: Any, arrays: Sequence[mx.array], node: Callable[..., Any]) -> None:
         #: What the primitive and its static arguments are known by.
         self.form = form
         self.inputs = [(x.shape, x.dtype) for x in arrays]
         self.node = node
+        #: The words of a caller that came to this call, with these arrays (`Primitive.again`).
+        self.asked: Any = None
 
-    def is_like(self, form: Any, arrays: Sequence[mx.array]) -> bool:
-        if form is not self.form or len(arrays) != len(self.inputs):
+    def is_like(self, arrays: Sequence[mx.array]) -> bool:
+        if len(arrays) != len(self.inputs):
             return False
         for x, (shape, dtype) in zip(arrays, self.inputs):
             if x.shape != shape or x.dtype != dtype:

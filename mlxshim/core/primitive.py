@@ -78,11 +78,36 @@ class Primitive:
         number = level.calls
         level.calls = number + 1
         noted = plan.noted.get(number)
-        if noted is not None and noted.is_like(node, arrays):
+        if noted is not None and noted.form is node and noted.is_like(arrays):
+            level.used = noted
             return noted.node(mapped, *arrays)
         if noted is None and plan.learns and number not in plan.noted:
             return self._noting(node, plan, number, arrays, static)(*arrays)
         return node(*arrays)
+
+    @staticmethod
+    def again(asked: Any, *arrays: mx.array) -> list[mx.array] | None:
+        """The outputs of a call of whatever primitive, if an earlier trace came to it here.
+
+        `asked` is all that decides, beside the shapes and dtypes of the arrays, which primitive is
+        called with which static arguments: equal words, the same call, and nothing to find out.
+        """
+        level = levels.vmaps()[-1]
+        level.used = None
+        if level.plan is None or level.mapped is None:
+            return None
+        noted = level.plan.noted.get(level.calls)
+        if noted is None or noted.asked != asked or not noted.is_like(arrays):
+            return None
+        level.calls += 1
+        return noted.node(level.mapped, *arrays)
+
+    @staticmethod
+    def asked(asked: Any) -> None:
+        """Said after a call of a primitive, on the very arrays that `again` was asked with."""
+        level = levels.vmaps()[-1]
+        if level.used is not None:
+            level.used.asked = asked
 
     def differentiable(self, *arrays: mx.array, **static: Any) -> list[mx.array]:
         """Bind for plain reverse mode, with no vmap around: the lowering's value, our vjp rule."""
@@ -153,7 +178,7 @@ class Primitive:
         def vmap(arrays: Arrays, axes: Axes) -> tuple[list[mx.array], list[int]]:
             size = arrays[0].shape[axes[0]]  # pyright: ignore
             arrays, axes = tuple(arrays[1:]), tuple(axes[1:])
-            if any(axis is not None for axis in axes):
+            if axes.count(None) < len(axes):
                 return self.batch(size, arrays, axes, **static)
             plan.noted[number] = None
             outputs = self(*arrays, **static)

@@ -45,6 +45,14 @@ def scaled_dot_product_attention(
     ):
         # MLX's own node and derivative: nothing to gain by standing in between.
         return _raw(q, k, v, scale=scale, mask=mask, sinks=sinks, stream=stream, **newer)
+    asked = None
+    if "vmap" in stack and sinks is None and stream is None and not newer:
+        asked = ("attention", scale, None if has_mask else mask, tuple(stack), mx.default_device())
+        known = (
+            Primitive.again(asked, q, k, v, mask) if has_mask else Primitive.again(asked, q, k, v)
+        )
+        if known is not None:
+            return known[0]
     if newer:  # an explicit default is no request
         newer = {name: value for name, value in newer.items() if value}
     dtype = _check(q, k, v, scale, mask, sinks, newer)
@@ -61,7 +69,10 @@ def scaled_dot_product_attention(
     if stream is not None:
         with mx.stream(stream):
             return _dispatch(arrays, static, stack, newer)
-    return _dispatch(arrays, static, stack, newer)
+    out = _dispatch(arrays, static, stack, newer)
+    if asked is not None and arrays[0] is q and (not has_mask or arrays[3] is mask):
+        Primitive.asked(asked)
+    return out
 
 
 def _dispatch(
@@ -331,10 +342,12 @@ def _mask_front(mask: mx.array, axis: int | None) -> mx.array:
 
 def _to(x: mx.array, axis: int | None, size: int, dim: int) -> mx.array:
     """`x` with its mapped axis at `dim`; an unmapped one is a view, repeated with stride zero."""
+    if axis == dim:
+        return x
     if axis is None:
         shape = (*x.shape[:dim], size, *x.shape[dim:])
         return mx.broadcast_to(mx.expand_dims(x, dim), shape)
-    return x if axis == dim else mx.moveaxis(x, axis, dim)
+    return mx.moveaxis(x, axis, dim)
 
 
 def _queries(folded: mx.array, axis: int | None) -> mx.array:
@@ -344,7 +357,7 @@ def _queries(folded: mx.array, axis: int | None) -> mx.array:
 
 
 def _fold(x: mx.array, axis: int | None, size: int, dim: int) -> mx.array:
-    return mx.flatten(_to(x, axis, size, dim), dim, dim + 1)
+    return (x if axis == dim else _to(x, axis, size, dim)).flatten(dim, dim + 1)
 
 
 def _unfold(x: mx.array, dim: int, size: int) -> mx.array:
