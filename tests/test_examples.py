@@ -1,11 +1,15 @@
-"""The example and the benchmark run, small, and say what they should."""
+"""The examples and the benchmarks run, small, and say what they should."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,3 +63,28 @@ def test_norms_benchmark(tmp_path):
     run("-m", "benchmarks.norms", "--shapes", "2x3x4x64", "--repeats", "3", "--json", str(path))
     rows = json.loads(path.read_text())["rows"]
     assert len(rows) == 6 and all(r.get("error", 0) < 1e-4 for r in rows)
+
+
+#: What each prints at its end, however small.
+QUICK = {
+    "dp_sgd_lora": r"loss of records that nobody trained on: ([\d.]+) before, ([\d.]+) with",
+    "attribution": r"the changed copy comes first for (\d+) of 24 lines",
+    "fisher_laplace": r"whole covariance +standard deviation ([\d.]+) at the data, ([\d.]+) in",
+}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_quick(name, tmp_path):
+    # Each ends with an error if its own check against a loop or an exact answer fails.
+    plot = tmp_path / "plot.png"
+    draws = importlib.util.find_spec("matplotlib") is not None
+    out = run(f"examples/{name}.py", "--quick", *(["--plot", str(plot)] if draws else []))
+    assert re.search(QUICK[name], out), out
+    assert "largest relative error" in out
+    if draws:
+        assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_example_is_run():
+    files = {path.stem for path in (ROOT / "examples").glob("*.py")} - {"_common"}
+    assert files == {*QUICK, "per_sample_gradients", "private_training_on_ranks"}
