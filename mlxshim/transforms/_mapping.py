@@ -9,13 +9,14 @@ from typing import Any
 import mlx.core as mx
 
 from ..core import trees
+from ..core.errors import ArgumentError
 from ..core.primitive import Node
 
 
 def check_spec(spec: Any, name: str) -> None:
     for _, axis in trees.leaves(spec):
         if axis is not None and (not isinstance(axis, int) or isinstance(axis, bool)):
-            raise ValueError(
+            raise ArgumentError(
                 f"[vmap] {name} must be an int, None or a tree of those, found {axis!r} of type "
                 f"{type(axis).__name__}."
             )
@@ -69,9 +70,10 @@ class Inputs:
         try:
             return trees.map_with_prefix(self._mapped, arg, spec, path)
         except trees.PrefixError as e:
-            raise ValueError(
+            raise ArgumentError(
                 f"[vmap] in_axes does not fit argument {self._name(e.path)}: the axes are "
-                f"{e.spec!r}, the argument is {_describe(e.node)}."
+                f"{e.spec!r}, the argument is {_describe(e.node)}. Give one int or None for all of "
+                "it, or containers like its own."
             ) from None
 
     def _mapped(self, leaf: Any, axis: int | None, path: trees.Path) -> Any:
@@ -83,10 +85,14 @@ class Inputs:
             leaf = mx.array(leaf)
         ndim = leaf.ndim
         if not -ndim <= axis < ndim:
-            scalar = " A scalar has no axis to map: give it in_axes=None." if ndim == 0 else ""
-            raise ValueError(
+            raise ArgumentError(
                 f"[vmap] in_axes maps axis {axis} of argument {self._name(path)}, which has shape "
-                f"{tuple(leaf.shape)} and so only {ndim} axes.{scalar}"
+                f"{tuple(leaf.shape)}: "
+                + (
+                    f"its axes are {-ndim} to {ndim - 1}."
+                    if ndim
+                    else "a scalar has no axis to map, give it in_axes=None."
+                )
             )
         self.arrays.append(leaf)
         self.axes.append(axis + ndim if axis < 0 else axis)
@@ -96,7 +102,7 @@ class Inputs:
     def _common_size(self, axis_size: int | None) -> int:
         arrays, axes = self.arrays, self.axes
         if not arrays:
-            raise ValueError(
+            raise ArgumentError(
                 "[vmap] Nothing is mapped: at least one of in_axes must be non-None for an "
                 "argument that holds an array, or axis_size must say how many samples there are."
             )
@@ -106,11 +112,15 @@ class Inputs:
                 f"\n  {self._name(path)}: shape {tuple(x.shape)}, axis {a}, size {x.shape[a]}"
                 for x, a, path in zip(arrays, axes, self.paths)
             )
-            raise ValueError(f"[vmap] Inconsistent axis sizes of the mapped arguments:{sizes}")
+            raise ArgumentError(
+                f"[vmap] Inconsistent axis sizes of the mapped arguments:{sizes}\n"
+                "Name another axis of one in in_axes, or None for what all samples share."
+            )
         if axis_size not in (None, size):
-            raise ValueError(
+            raise ArgumentError(
                 f"[vmap] axis_size is {axis_size}, but the mapped axis of "
-                f"{self._name(self.paths[0])}, of shape {tuple(arrays[0].shape)}, has size {size}."
+                f"{self._name(self.paths[0])}, of shape {tuple(arrays[0].shape)}, has size {size}: "
+                "leave axis_size out where an argument is mapped."
             )
         return size
 
@@ -166,13 +176,13 @@ def _specs(args: tuple[Any, ...], in_axes: Any, name: Callable[[trees.Path], str
         return (in_axes,)
     if isinstance(in_axes, (list, tuple)) and len(in_axes) == len(args):
         return in_axes
-    raise ValueError(
+    raise ArgumentError(
         f"[vmap] in_axes must be an int, None, or one entry for each of the {len(args)} positional "
         f"arguments, found {in_axes!r}."
     )
 
 
-class MappedOutputError(ValueError):
+class MappedOutputError(ArgumentError):
     """An output that `out_axes` calls unmapped, and is not."""
 
 
@@ -230,7 +240,7 @@ class Outputs:
         self, tree: Any, share: Callable[[mx.array, trees.Path], mx.array]
     ) -> tuple[list[mx.array], list[int]]:
         if tree is None:
-            raise ValueError("[vmap] The function returned None: it must return arrays.")
+            raise ArgumentError("[vmap] The function returned None: it must return arrays.")
         arrays: list[mx.array] = []
         axes: list[int] = []
 
@@ -239,7 +249,7 @@ class Outputs:
                 return None
             if not isinstance(leaf, mx.array):
                 where = _path(path)
-                raise ValueError(
+                raise ArgumentError(
                     f"[vmap] The function must return arrays; its output{where} is {leaf!r} of "
                     f"type {type(leaf).__name__}."
                 )
@@ -257,12 +267,13 @@ class Outputs:
         try:
             self.tree = trees.map_with_prefix(take, tree, self.spec)
         except trees.PrefixError as e:
-            raise ValueError(
+            raise ArgumentError(
                 f"[vmap] out_axes does not fit the output{_path(e.path)}: the axes are {e.spec!r}, "
-                f"the output is {_describe(e.node)}."
+                f"the output is {_describe(e.node)}. Give one int or None for all of it, or "
+                "containers like its own."
             ) from None
         if not arrays:
-            raise ValueError("[vmap] The function returned no array.")
+            raise ArgumentError("[vmap] The function returned no array: it must return one.")
         return arrays, axes
 
     def _unmapped(self, x: mx.array, path: trees.Path) -> Any:
@@ -282,9 +293,10 @@ class Outputs:
 
     def _check_axis(self, leaf: mx.array, axis: int, path: trees.Path) -> None:
         if not -leaf.ndim - 1 <= axis <= leaf.ndim:
-            raise ValueError(
-                f"[vmap] out_axes puts the mapped axis at {axis} of output{_path(path)}, whose "
-                f"shape for one sample is {tuple(leaf.shape)}."
+            raise ArgumentError(
+                f"[vmap] out_axes puts the mapped axis at {axis} of the output{_path(path)}, whose "
+                f"shape for one sample is {tuple(leaf.shape)}: it may be from {-leaf.ndim - 1} to "
+                f"{leaf.ndim}."
             )
 
     def give(self, results: Any) -> Any:
@@ -311,7 +323,7 @@ def _all_equal(x: mx.array, y: mx.array) -> bool:
 
 def _mapped_error(path: trees.Path) -> MappedOutputError:
     return MappedOutputError(
-        f"[vmap] out_axes is None for output{_path(path)}, but that output depends on a mapped "
+        f"[vmap] out_axes is None for the output{_path(path)}, but that output depends on a mapped "
         "argument: give it an axis."
     )
 

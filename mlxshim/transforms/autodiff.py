@@ -438,7 +438,7 @@ class _Gradient:
             hint = (
                 ". Take its real part, or say holomorphic=True if it is a holomorphic function."
                 if y.dtype == mx.complex64
-                else ": a number without a derivative."
+                else ", which has no derivative: return a floating number."
             )
             raise ArgumentError(
                 f"[{self.tag}] The function's value must be real and floating, found "
@@ -450,7 +450,10 @@ class _Gradient:
 def check_argnums(argnums: Any, tag: str) -> None:
     several = argnums if isinstance(argnums, (tuple, list)) else (argnums,)
     if argnums is not None and not (several and all(type(n) is int for n in several)):
-        raise ArgumentError(f"[{tag}] argnums must be an int or several, found {argnums!r}.")
+        raise ArgumentError(
+            f"[{tag}] argnums must be an int or a tuple of ints, found {argnums!r}. "
+            "(A keyword argument is chosen by argnames.)"
+        )
 
 
 def positions(argnums: int | Sequence[int], count: int, tag: str) -> list[int]:

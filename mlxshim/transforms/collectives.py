@@ -71,7 +71,8 @@ def _level(name: Hashable, function: str) -> levels.VmapLevel:
     bound = [level.axis_name for level in levels.vmaps() if level.axis_name is not None]
     raise NameError(
         f"[{function}] No vmap around this call has axis_name={name!r}"
-        + (f"; the names in reach are {bound}." if bound else ".")
+        + (f"; the names in reach are {bound}" if bound else "")
+        + f". Call it inside a function that is mapped by vmap(fun, axis_name={name!r})."
     )
 
 

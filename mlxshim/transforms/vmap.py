@@ -11,7 +11,7 @@ import mlx.core as mx
 from typing_extensions import ParamSpec
 
 from ..core import levels, native
-from ..core.errors import NoBatchingRule, PerformanceWarning
+from ..core.errors import ArgumentError, NoBatchingRule, PerformanceWarning
 from ..core.interception import intercepted
 from ..core.levels import VmapLevel, at_vmap
 from ..core.plans import Plans
@@ -61,8 +61,9 @@ def vmap(
         size for all, and returns each output with one more axis.
 
     Raises:
-        ValueError: an axis specification that does not fit, an axis out of range, mapped axes of
-            different sizes, nothing mapped, an output that is no array.
+        ArgumentError: an axis specification that does not fit, an axis out of range, mapped axes of
+            different sizes, nothing mapped, an output that is no array. (It is a ValueError, as
+            MLX's, and a TypeError, as JAX's.)
         NoBatchingRule: with `fallback="error"`, naming the operation.
 
     Example:
@@ -250,15 +251,15 @@ def _check_options(
 ) -> None:
     for name, value in (("axis_size", axis_size), ("chunk_size", chunk_size)):
         if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"[vmap] {name} must be a positive int or None, found {value!r}.")
+            raise ArgumentError(f"[vmap] {name} must be a positive int or None, found {value!r}.")
     if axis_name is not None and chunk_size is not None:
-        raise ValueError(
+        raise ArgumentError(
             "[vmap] A named axis cannot be processed in chunks: a collective needs all samples at "
             "once. Give axis_name or chunk_size, not both."
         )
     if randomness not in ("different", "same", "error"):
-        raise ValueError(
+        raise ArgumentError(
             f'[vmap] randomness must be "different", "same" or "error", found {randomness!r}.'
         )
     if fallback not in ("loop", "error"):
-        raise ValueError(f'[vmap] fallback must be "loop" or "error", found {fallback!r}.')
+        raise ArgumentError(f'[vmap] fallback must be "loop" or "error", found {fallback!r}.')
