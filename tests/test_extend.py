@@ -58,6 +58,21 @@ def test_a_vjp_rule_is_used_and_mapped():
     check(lambda x, y: op(x, y, beta=0.5), X, Y)
 
 
+def test_rules_given_after_a_call_count():
+    op, calls = swish(), []
+    mapped = mlxshim.vmap(lambda x: op(x, Y, beta=2.0))
+    mapped(mx.random.normal((5, 3, 4)))
+
+    @op.def_batch
+    def _(size, arrays, axes, *, beta):
+        calls.append(axes)
+        x, y = arrays
+        return op(mx.moveaxis(x, axes[0], 0), y, beta=beta), 0
+
+    mapped(mx.random.normal((6, 3, 4)))
+    assert calls == [(0, None)]
+
+
 def test_several_outputs_and_a_rule_that_folds():
     @mlxshim.primitive
     def both(x):

@@ -122,7 +122,6 @@ class Primitive:
         **static: Any,
     ) -> Callable[..., Any]:
         fun = value or functools.partial(self.decomposition if batched else self.lowering, **static)
-        rule = batch or self.batch
 
         def vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> list[mx.array]:
             return self.vjp(_tuple(primals), _tuple(cotangents), _tuple(outputs), **static)
@@ -133,7 +132,7 @@ class Primitive:
         def vmap(arrays: Arrays, axes: Axes) -> tuple[list[mx.array], list[int]]:
             arrays, axes = _tuple(arrays), _tuple(axes)
             size = next(x.shape[a] for x, a in zip(arrays, axes) if a is not None)
-            return rule(size, arrays, axes, **static)
+            return (batch or self.batch)(size, arrays, axes, **static)
 
         return _node(fun, vjp, jvp, vmap)
 
