@@ -37,8 +37,9 @@ def cond(
 
     Args:
         pred: A scalar: a bool, a number or an array with one entry and no axes.
-        true_fun, false_fun: Functions of the operands. Where `pred` is mapped they must return the
-            same tree of arrays of the same shapes and dtypes.
+        true_fun: A function of the operands.
+        false_fun: Likewise. Where `pred` is mapped both must return the same tree of arrays of
+            the same shapes and dtypes.
         operands: Arrays or trees of arrays. The functions may use arrays from around them too.
         operand: The one operand, by keyword.
 
@@ -292,7 +293,8 @@ def fori_loop(lower: Any, upper: Any, body_fun: Callable[[mx.array, T], T], init
     """`for i in range(lower, upper): val = body_fun(i, val)`, from `init_val`; the last `val`.
 
     Args:
-        lower, upper: Integer scalars; mapped ones make each sample's own number of rounds.
+        lower: An integer scalar.
+        upper: Likewise; a mapped one gives each sample its own number of rounds.
         body_fun: A function of the index, an int32 scalar, and the value.
         init_val: An array or a tree of arrays, whose form `body_fun` keeps.
 

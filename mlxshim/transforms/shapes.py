@@ -51,8 +51,9 @@ def eval_shape(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     Args:
         fun: A function of arrays or trees of arrays.
-        args, kwargs: Its arguments; anything with a shape and a dtype stands for an array of that
+        *args: Its arguments; anything with a shape and a dtype stands for an array of that
             form, `ShapeDtypeStruct` among them. Other leaves are handed through.
+        **kwargs: Likewise.
 
     Returns:
         The tree of `fun`'s outputs with a `ShapeDtypeStruct` in the place of every array.
