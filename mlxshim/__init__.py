@@ -37,6 +37,7 @@ from .transforms.linear import jvp as jvp
 from .transforms.linear import linear_transpose as linear_transpose
 from .transforms.linear import linearize as linearize
 from .transforms.linear import vjp as vjp
+from .transforms.patching import patched as patched
 from .transforms.scans import associative_scan as associative_scan
 from .transforms.scans import map as map
 from .transforms.scans import scan as scan
@@ -76,6 +77,7 @@ __all__ = [
     "linear_transpose",
     "linearize",
     "map",
+    "patched",
     "pmax",
     "pmean",
     "pmin",

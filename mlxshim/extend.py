@@ -25,7 +25,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .core import levels
+from .core import levels, native
 from .core.interception import intercept as intercept
 from .core.interception import original as original
 from .core.primitive import Primitive
@@ -125,7 +125,7 @@ class Operation:
         listed = functools.partial(self._primitive.decomposition, **static)
         # MLX takes a tuple of axes only for several arguments.
         spec: Any = tuple(axes) if len(axes) > 1 else axes[0]
-        outputs: Any = mx.vmap(listed, in_axes=spec)(*arrays)
+        outputs: Any = native.vmap(listed, in_axes=spec)(*arrays)
         return list(outputs), [0] * len(outputs)
 
 

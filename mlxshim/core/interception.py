@@ -8,6 +8,9 @@ A module is of another class while a transform runs, and of its own on every way
 (`mx.array`) is slow to change, a microsecond for each method: its replacements stay behind when the
 last transform ends, and the first call of any of them outside a transform puts all of them back, as
 an exception does, and whoever asks for `names_in_place`.
+
+MLX's own transforms are replaced for the length of a *block* (`patched()`), too, where the thread
+that is inside it sees ours and every other one MLX's.
 """
 
 from __future__ import annotations
@@ -28,9 +31,15 @@ class Interception:
     """One attribute of an MLX module or type, and what stands in for it while a transform runs."""
 
     def __init__(
-        self, owner: Any, name: str, handler: Callable[..., Any], outside: bool = False
+        self,
+        owner: Any,
+        name: str,
+        handler: Callable[..., Any],
+        outside: bool = False,
+        patched: bool = False,
     ) -> None:
-        self.owner, self.name, self.handler, self.outside = owner, name, handler, outside
+        self.owner, self.name, self.handler = owner, name, handler
+        self.outside, self.patched = outside, patched
         self.original: Any = getattr(owner, name)
         self.stand_in = self._new_stand_in()
         levels.stands_in(self.stand_in, self.original)
@@ -39,14 +48,15 @@ class Interception:
         of_property = isinstance(self.original, property)
         original: Any = self.original.fget if of_property else self.original
         handler, active = self.handler, levels.active
-        outside = self.outside
+        outside, patched = self.outside, self.patched
         on_type = not isinstance(self.owner, ModuleType)
 
         # MLX's getters have no names.
         @functools.wraps(original, ("__doc__",) if of_property else functools.WRAPPER_ASSIGNMENTS)
         def stand_in(*args: Any, **kwargs: Any) -> Any:
             # One that somebody has wrapped and put back is out of date, and stands aside.
-            if (active() or outside) and self.call is stand_in:
+            takes_over = active() or outside or (patched and in_block())
+            if takes_over and self.call is stand_in:
                 return handler(*args, **kwargs)
             if on_type and not _calls:
                 _restore_types()
@@ -74,6 +84,8 @@ class _Module:
     def __init__(self, owner: ModuleType) -> None:
         self.owner, self.plain = owner, type(owner)
         self.replaced = type(f"Intercepted_{owner.__name__}", (self.plain,), self._look_up())
+        #: Its class while there is a block and no transform runs.
+        self.patched = self.plain
 
     def _look_up(self) -> dict[str, Any]:
         """The class' own way to an attribute.
@@ -109,12 +121,21 @@ class _Module:
             del namespace[name]
 
         setattr(self.replaced, name, property(get, put, delete))
+        if not entry.patched:
+            return
+        if self.patched is self.plain:
+            self.patched = type(f"Patched_{self.owner.__name__}", (self.plain,), self._look_up())
+
+        def get_patched(module: Any) -> Any:
+            return get(module) if in_block() or name not in namespace else namespace[name]
+
+        setattr(self.patched, name, property(get_patched, put, delete))
 
     def put_in(self) -> None:
         self.owner.__class__ = self.replaced
 
     def take_out(self) -> None:
-        self.owner.__class__ = self.plain
+        self.owner.__class__ = self.patched if _blocks else self.plain
 
 
 _table: dict[tuple[Any, str], Interception] = {}
@@ -123,21 +144,27 @@ _on_types: list[Interception] = []
 _lock = threading.RLock()
 #: The calls of transforms that are under way, and the thread of each.
 _calls: dict[object, int] = {}
+#: The blocks that are open, and the thread of each; those threads.
+_blocks: dict[object, int] = {}
+_block_threads: frozenset[int] = frozenset()
 _types_replaced = False
 
 
-def intercept(owner: Any, name: str, *, outside: bool = False) -> Callable[[F], F]:
+def intercept(
+    owner: Any, name: str, *, outside: bool = False, patched: bool = False
+) -> Callable[[F], F]:
     """Register the decorated function to stand in for `owner.name` inside transforms.
 
     The handler gets the caller's arguments as they were written; a property's gets the object.
     Inside it, `original(owner, name)` is MLX's own function (or property). With `outside` it is
-    called while interception is in place and no function is traced, too.
+    called while interception is in place and no function is traced, too; with `patched`, which is
+    for functions of modules, inside a block.
     """
 
     def register(handler: F) -> F:
         assert (owner, name) not in _table, f"{name} of {owner} has a handler"
         with _lock:
-            entry = _table[owner, name] = Interception(owner, name, handler, outside)
+            entry = _table[owner, name] = Interception(owner, name, handler, outside, patched)
             if isinstance(owner, ModuleType):
                 if owner not in _modules:
                     _modules[owner] = _Module(owner)
@@ -174,10 +201,16 @@ def names_in_place() -> list[str]:
     _restore_types()
     with _lock:
         return [
-            f"{getattr(e.owner, '__module__', '')}.{e.owner.__name__}.{e.name}".lstrip(".")
+            f"{_name_of(e.owner)}.{e.name}"
             for e in _table.values()
             if getattr(e.owner, e.name) is e.stand_in
         ]
+
+
+def _name_of(owner: Any) -> str:
+    if isinstance(owner, ModuleType):
+        return owner.__name__
+    return f"{owner.__module__}.{owner.__name__}"
 
 
 def intercepted(fun: Callable[..., Any]) -> Callable[..., Any]:
@@ -226,6 +259,33 @@ def _leave(call: object, place: tuple[int, int, int, int]) -> None:
         del _calls[call]
 
 
+def in_block() -> bool:
+    """Whether this thread is inside a block."""
+    return threading.get_ident() in _block_threads
+
+
+def open_block(block: object) -> None:
+    """MLX's own transforms stand for ours in this thread, until this block is closed."""
+    with _lock:
+        _blocks[block] = threading.get_ident()
+        _blocks_changed()
+
+
+def close_block(block: object) -> None:
+    """May be called again, and for a block whose opening was interrupted."""
+    with _lock:
+        _blocks.pop(block, None)
+        _blocks_changed()
+
+
+def _blocks_changed() -> None:
+    global _block_threads
+    _block_threads = frozenset(_blocks.values())
+    if not _calls:
+        for module in _modules.values():
+            module.take_out()
+
+
 def _after_fork() -> None:
     global _lock
     _lock = threading.RLock()
@@ -234,6 +294,9 @@ def _after_fork() -> None:
     for call, thread in list(_calls.items()):
         if thread != here:
             _leave(call, levels.place())
+    for block, thread in list(_blocks.items()):
+        if thread != here:
+            close_block(block)
 
 
 if hasattr(os, "register_at_fork"):

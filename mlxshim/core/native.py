@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from . import levels
 
-grad, vjp, jvp = mx.grad, mx.vjp, mx.jvp
+grad, value_and_grad, vjp, jvp = mx.grad, mx.value_and_grad, mx.vjp, mx.jvp
 _vmap = mx.vmap
 
 

@@ -28,6 +28,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..core import native
 from ..core.primitive import Arrays, Axes, Node
 from ..rules._opaque import copies, opaque_node
 from ..transforms.linear import vjp
@@ -207,15 +208,15 @@ class _Nodes:
             if parameter is not None:
                 terms = cotangent.astype(mx.float32) * fused(x, None).astype(mx.float32)
                 parameter.add(mx.sum(_rows(terms, 1), axis=1).astype(weight.dtype))
-            return [*mx.vjp(fused, [x, weight], [cotangent])[1], mx.zeros_like(seed)]
+            return [*native.vjp(fused, [x, weight], [cotangent])[1], mx.zeros_like(seed)]
 
         def vjp_of_copy(primals: Arrays, cotangents: Arrays, _: Any) -> list[mx.array]:
             copy, x, weight, seed = primals
-            dx, dcopy = mx.vjp(fused, [x, copy], list(cotangents))[1]
+            dx, dcopy = native.vjp(fused, [x, copy], list(cotangents))[1]
             return [dcopy, dx, mx.zeros_like(weight), mx.zeros_like(seed)]
 
         def jvp_of_copy(primals: Arrays, tangents: Arrays) -> list[mx.array]:
-            return mx.jvp(fused, [primals[1], primals[0]], [tangents[1], tangents[0]])[1]
+            return native.jvp(fused, [primals[1], primals[0]], [tangents[1], tangents[0]])[1]
 
         recorded: Any = Node(lambda x, weight, seed: fused(x, weight))
         recorded.vjp(record)

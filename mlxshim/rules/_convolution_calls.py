@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..core import native
 from ..core.interception import original
 from . import _devices
 from ._mlx_0_31 import matmul
@@ -70,7 +71,7 @@ def raw(x: mx.array, w: mx.array, form: Form) -> mx.array:
 
 def _raw_weight_gradient(x: mx.array, y: mx.array, form: Form) -> mx.array:
     w = mx.zeros((y.shape[-1], *form.kernel, x.shape[-1] // form.groups), x.dtype)
-    return mx.vjp(lambda w: raw(x, w, form), [w], [y])[1][0]
+    return native.vjp(lambda w: raw(x, w, form), [w], [y])[1][0]
 
 
 @functools.lru_cache(maxsize=512)

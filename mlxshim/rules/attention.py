@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..core import levels
+from ..core import levels, native
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ._devices import gpu as _gpu
@@ -195,7 +195,7 @@ def _fused_vjp(
     cotangent = mx.contiguous(cotangent)
     extra = padding(q, k, v, static["causal"])
     call = functools.partial(padded, _fused, extra) if extra else _fused
-    return mx.vjp(lambda *qkv: call(*qkv, *rest, **static), [q, k, v], [cotangent])[1]
+    return native.vjp(lambda *qkv: call(*qkv, *rest, **static), [q, k, v], [cotangent])[1]
 
 
 # The batching rules ----------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def _batch(
         return (_share_by_length if rows else _share_by_group)(size, arrays, axes, **static)
     if mapped_k != mapped_v and _sample_shape(arrays[0], axes[0])[0] != 1:
         # One of K and V would have to be copied for each sample to be a batch of the kernel.
-        mapped = mx.vmap(functools.partial(decompose, **static), in_axes=tuple(axes))
+        mapped = native.vmap(functools.partial(decompose, **static), in_axes=tuple(axes))
         return mapped(*arrays), [0]
     if _sinks_mapped(axes, static["has_mask"]):
         folded = _fold_into_heads(size, arrays, axes, static["has_mask"])
@@ -383,7 +383,7 @@ def _vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays, **static: Any) ->
 
     others = [mx.zeros_like(x) for x in rest]
     if wanted:
-        found = mx.vjp(of_rest, [rest[i] for i in wanted], list(cotangents))[1]
+        found = native.vjp(of_rest, [rest[i] for i in wanted], list(cotangents))[1]
         for i, g in zip(wanted, found):
             others[i] = g
     return grads + others

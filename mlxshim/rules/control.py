@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..core import compilation, levels, trees
+from ..core import compilation, levels, native, trees
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Node, Primitive
 from ._opaque import copies, opaque_node
@@ -166,7 +166,7 @@ def _vmap(
     first = next(i for i, a in enumerate(axes) if a is not None)
     body = levels.at_vmap(level, fun)
     in_axes: Any = axes if len(axes) > 1 else axes[first]
-    return list(mx.vmap(lambda *xs: body(xs[first], *xs), in_axes)(*arrays))
+    return list(native.vmap(lambda *xs: body(xs[first], *xs), in_axes)(*arrays))
 
 
 def _vjp(call: Flat, primals: Arrays, cotangents: Arrays, outputs: Arrays) -> list[mx.array]:
@@ -180,14 +180,16 @@ def _vjp(call: Flat, primals: Arrays, cotangents: Arrays, outputs: Arrays) -> li
         return call(*full)
 
     pulled = [mx.zeros_like(x) for x in primals]
-    found = mx.vjp(levels.at_level("grad", of_inexact), [primals[i] for i in at], list(cotangents))
+    found = native.vjp(
+        levels.at_level("grad", of_inexact), [primals[i] for i in at], list(cotangents)
+    )
     for i, x in zip(at, found[1]):
         pulled[i] = x
     return pulled
 
 
 def _jvp(call: Flat, primals: Arrays, tangents: Arrays) -> list[mx.array]:
-    return mx.jvp(levels.at_level("jvp", call), list(primals), list(tangents))[1]
+    return native.jvp(levels.at_level("jvp", call), list(primals), list(tangents))[1]
 
 
 def _several(arrays: Any) -> Any:
@@ -234,7 +236,7 @@ class _Call:
         )
 
 
-@intercept(mx, "checkpoint")
+@intercept(mx, "checkpoint", patched=True)
 def checkpoint(fun: Callable[..., Any]) -> Callable[..., Any]:
     native = original(mx, "checkpoint")(fun)
 
@@ -278,14 +280,6 @@ def _differentiated_from_outside() -> bool:
     stack = levels.active()
     innermost = len(stack) - 1 - stack[::-1].index("vmap")
     return any(kind != "vmap" for kind in stack[:innermost])
-
-
-# MLX's vmap ------------------------------------------------------------------------------------
-
-
-@intercept(mx, "vmap", outside=True)
-def vmap(*args: Any, **kwargs: Any) -> Any:
-    return levels.mapping(original(mx, "vmap")(*args, **kwargs))
 
 
 # The switch of compilation -----------------------------------------------------------------------

@@ -35,7 +35,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..core import levels
+from ..core import levels, native
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ._mlx_0_31 import matmul
@@ -461,7 +461,7 @@ def _grad_fused(
     def product(w: mx.array) -> mx.array:
         return original(mx, "gather_mm")(x, w, lhs, rhs, sorted_indices=ordered)
 
-    return mx.vjp(product, [w], [cotangent])[1]
+    return native.vjp(product, [w], [cotangent])[1]
 
 
 def _grad_decomposed(

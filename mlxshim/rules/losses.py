@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..core import levels
+from ..core import levels, native
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from . import _devices
@@ -43,12 +43,12 @@ def _fused(logits: mx.array, targets: mx.array) -> list[mx.array]:
 def _fused_vjp(logits: mx.array, targets: mx.array, cotangent: mx.array) -> list[mx.array]:
     # One of a sum or a mean has stride zero.
     cotangent = mx.contiguous(cotangent)
-    return mx.vjp(lambda x: _fused(x, targets), [logits], [cotangent])[1]
+    return native.vjp(lambda x: _fused(x, targets), [logits], [cotangent])[1]
 
 
 def _batch(size: int, arrays: Arrays, axes: Axes) -> tuple[list[mx.array], list[int]]:
     if axes[0] is None:
-        return mx.vmap(_fused, in_axes=tuple(axes))(*arrays), [0]
+        return native.vmap(_fused, in_axes=tuple(axes))(*arrays), [0]
     return cross_entropy(*_fronts(size, arrays, axes)), [0]
 
 

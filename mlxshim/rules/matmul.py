@@ -23,7 +23,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..core import levels
+from ..core import levels, native
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ._constants import constant
@@ -182,7 +182,7 @@ def _vjp_by(forward: Any, *arrays: mx.array, **static: Any) -> list[mx.array]:
             full[i] = x
         return forward(*full, **static)
 
-    return mx.vjp(of_floating, [primals[i] for i in floating], [cotangent])[1]
+    return native.vjp(of_floating, [primals[i] for i in floating], [cotangent])[1]
 
 
 def _fused_vjp(*arrays: mx.array, given: tuple[bool, ...], **static: Any) -> list[mx.array]:

@@ -26,7 +26,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..core import levels
+from ..core import levels, native
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from . import _devices
@@ -111,7 +111,7 @@ def _fused_vjp(*arrays: mx.array, **form: Any) -> list[mx.array]:
     if form["name"] == "layer_norm" and _has_tail(arrays[0]):
         return _plain_vjp(*arrays, **form)
     *primals, cotangent = arrays
-    return mx.vjp(lambda *xs: _fused(*xs, **form), primals, [cotangent])[1]
+    return native.vjp(lambda *xs: _fused(*xs, **form), primals, [cotangent])[1]
 
 
 # The rules -------------------------------------------------------------------------------------

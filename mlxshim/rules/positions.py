@@ -23,7 +23,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..core import levels
+from ..core import levels, native
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from . import _devices
@@ -87,7 +87,7 @@ def _fused(
 def _batch(size: int, arrays: Arrays, axes: Axes, **form: Any) -> tuple[list[mx.array], list[int]]:
     if len(arrays) > 2 and axes[2] is not None:
         # The kernels have one set of frequencies: MLX's own operations instead.
-        each = mx.vmap(functools.partial(_fused, **form), in_axes=tuple(axes))
+        each = native.vmap(functools.partial(_fused, **form), in_axes=tuple(axes))
         return each(*arrays), [0]
     x, offset, *freqs = arrays
     if axes[0] is None:  # a kernel that writes through its input's strides wants them its own

@@ -35,7 +35,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..core import levels
+from ..core import levels, native
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ._mlx_0_31 import matmul
@@ -422,7 +422,7 @@ def _dequantize_vjp(
     def of_scale(*scale: mx.array) -> list[mx.array]:
         return _dequantize_decomposed(w, scales, *scale, dtype=dtype, **static)
 
-    found = mx.vjp(of_scale, rest, list(cotangents))[1] if rest else []
+    found = native.vjp(of_scale, rest, list(cotangents))[1] if rest else []
     return [mx.zeros_like(w), mx.zeros_like(scales), *found]
 
 

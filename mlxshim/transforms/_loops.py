@@ -21,7 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..core import levels
+from ..core import levels, native
 from ..core.errors import ConcretizationError, NoBatchingRule
 from ..core.opaque import copies, opaque_node
 from ..core.primitive import Arrays, Axes, Node
@@ -83,7 +83,7 @@ def _retained(x: mx.array) -> Any:
     node = Node(lambda y: y)
     node.vjp(rule)
     one = mx.array(1.0)
-    mx.vjp(node, [one], [one])
+    native.vjp(node, [one], [one])
     return found[0]
 
 
@@ -246,7 +246,7 @@ class Pulled(Deferred):
         if not at or not kept:
             return zeros
         body = levels.at_level("grad", smooth)
-        pulled = mx.vjp(body, [primals[i] for i in at], [cotangents[i] for i in kept])[1]
+        pulled = native.vjp(body, [primals[i] for i in at], [cotangents[i] for i in kept])[1]
         return _replaced(zeros, at, pulled)
 
     def like(self, *arrays: mx.array) -> Sequence[mx.array]:
@@ -272,7 +272,7 @@ class Pushed(Deferred):
         if not at:
             return [mx.zeros_like(x) for x in self.like(*arrays)]
         body = levels.at_level("jvp", smooth)
-        pushed = mx.jvp(body, [primals[i] for i in at], [tangents[i] for i in at])[1]
+        pushed = native.jvp(body, [primals[i] for i in at], [tangents[i] for i in at])[1]
         return [
             t if mx.issubdtype(x.dtype, mx.inexact) else mx.zeros_like(x)
             for x, t in zip(self.like(*arrays), pushed)
@@ -301,7 +301,7 @@ def mapped(
     first = next(i for i, a in enumerate(axes) if a is not None)
     body = levels.at_vmap(level, fun)
     in_axes: Any = axes if len(axes) > 1 else axes[first]
-    return list(mx.vmap(lambda *xs: body(xs[first], *xs), in_axes)(*arrays))
+    return list(native.vmap(lambda *xs: body(xs[first], *xs), in_axes)(*arrays))
 
 
 def settle(*arrays: mx.array) -> None:

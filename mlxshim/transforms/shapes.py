@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from ..core import levels, trees
+from ..core import levels, native, trees
 from ..core.errors import ConcretizationError
 from ..core.interception import intercepted
 from . import _flat
@@ -96,7 +96,7 @@ def eval_shape(fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
     try:
         with levels.abstract():
-            mx.vmap(probe, (0,) * len(arrays) if len(arrays) > 1 else 0)(*arrays)
+            native.vmap(probe, (0,) * len(arrays) if len(arrays) > 1 else 0)(*arrays)
     except ValueError as e:
         if "during function transformations" not in str(e):
             raise
