@@ -15,14 +15,17 @@ from .transforms.autodiff import grad as grad
 from .transforms.autodiff import grad_and_value as grad_and_value
 from .transforms.autodiff import value_and_grad as value_and_grad
 from .transforms.collectives import all_gather as all_gather
+from .transforms.collectives import all_to_all as all_to_all
 from .transforms.collectives import axis_index as axis_index
 from .transforms.collectives import axis_size as axis_size
 from .transforms.collectives import pmax as pmax
 from .transforms.collectives import pmean as pmean
 from .transforms.collectives import pmin as pmin
 from .transforms.collectives import ppermute as ppermute
+from .transforms.collectives import pshuffle as pshuffle
 from .transforms.collectives import psum as psum
 from .transforms.collectives import psum_scatter as psum_scatter
+from .transforms.collectives import pswapaxes as pswapaxes
 from .transforms.flow import cond as cond
 from .transforms.flow import fori_loop as fori_loop
 from .transforms.flow import switch as switch
@@ -59,6 +62,7 @@ __all__ = [
     "PerformanceWarning",
     "ShapeDtypeStruct",
     "all_gather",
+    "all_to_all",
     "associative_scan",
     "axis_index",
     "axis_size",
@@ -83,8 +87,10 @@ __all__ = [
     "pmin",
     "ppermute",
     "primitive",
+    "pshuffle",
     "psum",
     "psum_scatter",
+    "pswapaxes",
     "ravel_pytree",
     "scan",
     "stop_gradient",

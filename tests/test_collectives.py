@@ -8,6 +8,7 @@ import pytest
 import mlxshim
 from mlxshim import (
     all_gather,
+    all_to_all,
     axis_index,
     axis_size,
     grad,
@@ -16,8 +17,10 @@ from mlxshim import (
     pmean,
     pmin,
     ppermute,
+    pshuffle,
     psum,
     psum_scatter,
+    pswapaxes,
     vmap,
 )
 
@@ -50,6 +53,19 @@ CASES = {
         lambda xs: every(xs.flatten(0, 1)),
     ),
     "ppermute": (lambda x: ppermute(x, "i", PERM), lambda xs: mx.tensordot(SENT, xs, 1)),
+    "pshuffle": (lambda x: pshuffle(x, "i", [2, 0, 3, 1]), lambda xs: xs[mx.array([2, 0, 3, 1])]),
+    "pswapaxes": (
+        lambda x: pswapaxes(mx.stack([x, 2 * x, 3 * x, 4 * x], 1), "i", 1),
+        lambda xs: mx.stack([(n + 1) * xs.moveaxis(0, 1) for n in range(N)]),
+    ),
+    "all_to_all": (
+        lambda x: all_to_all(mx.stack([x, 2 * x, 3 * x, 4 * x], 1), "i", 1, -1),
+        lambda xs: mx.stack([(n + 1) * xs.moveaxis(0, -1) for n in range(N)]),
+    ),
+    "all_to_all-tiled": (
+        lambda x: all_to_all(mx.tile(x, (4, 1)), "i", 0, 1, tiled=True),
+        lambda xs: every(xs.moveaxis(0, 1).flatten(1, 2)),
+    ),
     "psum_scatter": (
         lambda x: psum_scatter(mx.stack([x, 2 * x, 3 * x, 4 * x], 1), "i", scatter_dimension=1),
         lambda xs: mx.stack([(n + 1) * xs.sum(0) for n in range(N)]),
@@ -175,4 +191,10 @@ def test_errors_name_what_is_wrong():
         vmap(lambda x: psum_scatter(x, "i"), axis_name="i")(xs)
     with pytest.raises(ValueError, match="out of range"):
         vmap(lambda x: all_gather(x, "i", axis=3), axis_name="i")(xs)
+    with pytest.raises(ValueError, match=r"split_axis 0 .* cannot be dealt out to 4"):
+        vmap(lambda x: all_to_all(x, "i", 0, 0), axis_name="i")(xs)
+    with pytest.raises(ValueError, match="concat_axis 1 is out of range"):
+        vmap(lambda x: all_to_all(x, "i", 0, 1), axis_name="i")(mx.ones((N, N)))
+    with pytest.raises(ValueError, match="each of the 4 samples once"):
+        vmap(lambda x: pshuffle(x, "i", [0, 0, 1, 2]), axis_name="i")(xs)
     assert mlxshim.core.levels.vmaps() == []

@@ -254,6 +254,97 @@ def psum_scatter(x: Any, axis_name: Hashable, *, scatter_dimension: int = 0) -> 
     return trees.map_leaves(one, x)
 
 
+# all_to_all ------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def _exchange(split: int, concat: int) -> _Collective:
+    """Sample n keeps part n along `split` of every sample, in their order along `concat`."""
+
+    def rule(x: mx.array) -> mx.array:
+        parts = mx.moveaxis(x, split + 1, 0)  # by who gets it, then by who had it
+        return mx.moveaxis(parts, 1, concat + 1)
+
+    return _Collective(
+        rule, lambda x, _: mx.moveaxis(x, split, concat), lambda: _exchange(concat, split)
+    )
+
+
+def all_to_all(
+    x: Any, axis_name: Hashable, split_axis: int, concat_axis: int, *, tiled: bool = False
+) -> Any:
+    """Each sample deals its operand out: part n along `split_axis` goes to sample n.
+
+    Args:
+        x: An array or a tree of arrays whose `split_axis` is as long as the mapped axis; with
+            `tiled`, a multiple of it.
+        axis_name: The name of a vmap around the call.
+        split_axis: The axis that is dealt out.
+        concat_axis: Where the parts that a sample gets, one of every sample, are in the result: a
+            new axis, counted after `split_axis` is gone.
+        tiled: `split_axis` stays, and is so many times shorter; the parts are concatenated along
+            `concat_axis`, which is there.
+
+    Raises:
+        NameError: no vmap in reach has that name.
+        ValueError: an axis that is out of range, or cannot be dealt out.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> from mlxshim import all_to_all, vmap
+        >>> xs = mx.array([[1, 2], [3, 4]])
+        >>> vmap(lambda x: all_to_all(x, "i", 0, 0), axis_name="i")(xs)
+        array([[1, 3],
+               [2, 4]], dtype=int32)
+
+    Source: `jax.lax.all_to_all`.
+    """
+    size = _level(axis_name, "all_to_all").size
+
+    def one(leaf: mx.array) -> mx.array:
+        ndim = leaf.ndim
+        for name, axis in (("split_axis", split_axis), ("concat_axis", concat_axis)):
+            if not -ndim <= axis < ndim:
+                raise ValueError(
+                    f"[all_to_all] {name} {axis} is out of range for an operand of shape "
+                    f"{tuple(leaf.shape)}."
+                )
+        split, concat = split_axis % ndim, concat_axis % ndim
+        length = leaf.shape[split]
+        if length % size or (length != size and not tiled):
+            raise ValueError(
+                f"[all_to_all] split_axis {split_axis} of an operand of shape {tuple(leaf.shape)} "
+                f"cannot be dealt out to {size} samples: it must be "
+                + (f"a multiple of {size}." if tiled else f"{size}. tiled=True takes a multiple.")
+            )
+        if not tiled:
+            return _bind(_exchange(split, concat), leaf, axis_name, "all_to_all")
+        leaf = mx.unflatten(leaf, split, (size, length // size))
+        # The parts come right before the axis that they will be one with.
+        moved = _bind(_exchange(split, concat), leaf, axis_name, "all_to_all")
+        return mx.flatten(moved, concat, concat + 1)
+
+    return trees.map_leaves(one, x)
+
+
+def pswapaxes(x: Any, axis_name: Hashable, axis: int) -> Any:
+    """The mapped axis exchanged with `axis` of the operand, which is as long.
+
+    Arguments and errors are those of `all_to_all`.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> from mlxshim import pswapaxes, vmap
+        >>> xs = mx.array([[1, 2], [3, 4]])
+        >>> vmap(lambda x: pswapaxes(x, "i", 0), axis_name="i")(xs)
+        array([[1, 3],
+               [2, 4]], dtype=int32)
+
+    Source: `jax.lax.pswapaxes`.
+    """
+    return all_to_all(x, axis_name, axis, axis)
+
+
 # ppermute, axis_index --------------------------------------------------------------------------
 
 
@@ -296,6 +387,29 @@ def ppermute(x: Any, axis_name: Hashable, perm: Sequence[tuple[int, int]]) -> An
                 "as a source and once as a destination."
             )
     return _bind(_permute(pairs, size), x, axis_name, "ppermute")
+
+
+def pshuffle(x: Any, axis_name: Hashable, perm: Sequence[int]) -> Any:
+    """`x` of another sample: sample n gets that of number `perm[n]`.
+
+    Raises:
+        NameError: no vmap in reach has that name.
+        ValueError: `perm` is no permutation of the samples.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> from mlxshim import pshuffle, vmap
+        >>> vmap(lambda x: pshuffle(x, "i", [2, 0, 1]), axis_name="i")(mx.array([5, 6, 7]))
+        array([7, 5, 6], dtype=int32)
+
+    Source: `jax.lax.pshuffle`.
+    """
+    size = _level(axis_name, "pshuffle").size
+    if sorted(perm) != list(range(size)):
+        raise ValueError(
+            f"[pshuffle] perm {list(perm)!r} must name each of the {size} samples once."
+        )
+    return ppermute(x, axis_name, list(zip(perm, range(size))))
 
 
 @functools.lru_cache(maxsize=64)
