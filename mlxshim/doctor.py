@@ -7,6 +7,8 @@ and crashes. Its result is compared with the loop over samples, written with pla
 from __future__ import annotations
 
 import argparse
+import ctypes
+import ctypes.util
 import json
 import os
 import platform
@@ -14,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -228,6 +230,66 @@ def examine(index: int, case: Case, side: str, long: bool, timeout: float) -> Re
     return Result(case.name, side, verdict, **found)
 
 
+REFERENCE = "reference"
+
+
+def blas() -> str:
+    """Which BLAS multiplies float32 matrices on the CPU, as far as the process shows it."""
+    if sys.platform != "linux":
+        return "Accelerate" if sys.platform == "darwin" else "unknown"
+    try:
+        # What is preloaded comes before the library that MLX was linked with.
+        ctypes.CDLL(None).cblas_sgemm  # noqa: B018
+        preloaded = True
+    except AttributeError:
+        preloaded = False
+    try:
+        with open("/proc/self/maps") as maps:
+            files = {line.split()[-1] for line in maps if "/" in line}
+    except OSError:
+        return "unknown"
+    return name_blas(files, preloaded)
+
+
+def name_blas(files: Iterable[str], preloaded: bool) -> str:
+    """Of the files that a process has mapped, the BLAS that MLX calls."""
+    # NumPy and SciPy bring an OpenBLAS under names of their own, which MLX does not call.
+    paths = [f for f in files if "scipy_openblas" not in f and "numpy.libs" not in f]
+    fast = {"openblas": "OpenBLAS", "mkl_rt": "MKL", "libblis": "BLIS"}
+    here = [name for key, name in fast.items() if any(key in f for f in paths)]
+    carried = any(os.path.basename(f).startswith("libblas") for f in paths)
+    if here and (
+        preloaded or not carried or any("libblas" in f and "openblas" in f for f in paths)
+    ):
+        return here[0]
+    if preloaded:
+        return "preloaded"
+    return REFERENCE if carried else "unknown"
+
+
+def _faster_blas() -> str:
+    there = ctypes.util.find_library("openblas")
+    install = "" if there else "install OpenBLAS (Debian, Ubuntu: libopenblas0) and "
+    return (
+        "MLX multiplies float32 matrices with the reference BLAS that its Linux wheel carries: "
+        f"{install}run with LD_PRELOAD={there or 'libopenblas.so.0'}, which is some 16 times "
+        "faster on one core"
+    )
+
+
+def _untested(mlx: tuple[int, ...]) -> list[str]:
+    oldest, newest = (".".join(map(str, v)) for v in (versions.TESTED[0], versions.TESTED[-1]))
+    if mlx > versions.NEWEST_TESTED:
+        return [
+            f"this MLX is newer than {newest}, the newest that mlxshim was tested with: this "
+            "command checks attention; the conformance suite, `python -m pytest "
+            "tests/conformance` in a checkout, checks every operation"
+        ]
+    if mlx < versions.OLDEST_TESTED:
+        return [f"this MLX is older than {oldest}, the oldest that mlxshim serves: upgrade it"]
+    return []
+
+
 def about() -> dict[str, Any]:
     """Versions, the device, and what is known of this MLX."""
     notes = []
@@ -238,22 +300,17 @@ def about() -> dict[str, Any]:
         )
     if versions.SELECT_JVP_BUG:
         notes.append("this MLX crashes in jvp of causal attention (0.31.1, 0.31.2), on any build")
-    if versions.MLX > versions.NEWEST_TESTED:
-        tested = ".".join(map(str, versions.NEWEST_TESTED))
-        notes.append(f"this MLX is newer than {tested}, the newest that mlxshim was tested with")
-    on_cpu = mx.default_device().type == mx.cpu
-    preloaded = "blas" in os.environ.get("LD_PRELOAD", "")
-    if sys.platform == "linux" and on_cpu and not preloaded:
-        notes.append(
-            "the Linux wheel carries the reference BLAS: LD_PRELOAD=libopenblas.so.0 makes "
-            "float32 matmul many times faster"
-        )
+    notes += _untested(versions.MLX)
+    found = blas()
+    if found == REFERENCE and mx.default_device().type == mx.cpu:
+        notes.append(_faster_blas())
     return {
         "mlx": versions.MLX_VERSION,
         "mlxshim": mlxshim.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": str(mx.default_device()),
+        "blas": found,
         "affected": versions.MOVED_SHAPE_BUG or versions.SELECT_JVP_BUG,
         "notes": notes,
     }
@@ -278,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     facts = about()
     if not options.json:
-        for key in ("mlx", "mlxshim", "python", "platform", "device", "affected"):
+        for key in ("mlx", "mlxshim", "python", "platform", "device", "blas", "affected"):
             print(f"{key:<9} {facts[key]}")
         for note in facts["notes"]:
             print(f"note      {note}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import json
+import os
 import subprocess
 import sys
 
@@ -75,3 +77,62 @@ def test_not_a_number_is_wrong(monkeypatch, error):
     )
     result = doctor.examine(0, doctor.cases()[0], "mlxshim", False, 1.0)
     assert result.verdict == "WRONG"
+
+
+WHEEL = "/env/mlx_cpu.libs/libblas-bd8a282c.so.3.10.0"
+NUMPY = "/env/numpy.libs/libscipy_openblas64_-32a4b2a6.so"
+SYSTEM = "/usr/lib/x86_64-linux-gnu/openblas-pthread/libopenblasp-r0.3.21.so"
+
+
+@pytest.mark.parametrize(
+    "files, preloaded, name",
+    [
+        ([WHEEL], False, "reference"),
+        ([WHEEL, NUMPY], False, "reference"),
+        ([WHEEL, SYSTEM], False, "reference"),  # loaded by somebody else, for himself
+        ([WHEEL, SYSTEM], True, "OpenBLAS"),
+        ([WHEEL, "/opt/libmkl_rt.so.2"], True, "MKL"),
+        ([WHEEL, "/opt/libfast.so"], True, "preloaded"),
+        ([SYSTEM], False, "OpenBLAS"),  # MLX built against it
+        (["/usr/lib/x86_64-linux-gnu/openblas-pthread/libblas.so.3", SYSTEM], False, "OpenBLAS"),
+        (["/usr/lib/x86_64-linux-gnu/blas/libblas.so.3"], False, "reference"),
+        ([], False, "unknown"),
+    ],
+)
+def test_which_blas(files, preloaded, name):
+    assert doctor.name_blas(files, preloaded) == name
+
+
+@pytest.mark.parametrize("name, said", [("reference", True), ("OpenBLAS", False)])
+def test_the_reference_blas_is_said(monkeypatch, name, said):
+    monkeypatch.setattr(doctor, "blas", lambda: name)
+    found = doctor.about()
+    assert found["blas"] == name
+    noted = any("LD_PRELOAD=libopenblas.so" in note for note in found["notes"])
+    assert noted == (said and found["device"] == "Device(cpu, 0)")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD")
+def test_a_preloaded_blas_is_seen():
+    library = ctypes.util.find_library("openblas")
+    if library is None:
+        pytest.skip("no OpenBLAS")
+    without = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
+
+    def found(env):
+        code = "from mlxshim import doctor; print(doctor.blas())"
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    if found(without) != "reference":
+        pytest.skip("an MLX that does not carry the reference BLAS")
+    assert found({**without, "LD_PRELOAD": library}) == "OpenBLAS"
+
+
+def test_another_mlx_is_said(monkeypatch):
+    said = {v: doctor._untested(v) for v in [*versions.TESTED, (0, 31, 0), (0, 32, 3), (0, 33, 0)]}
+    assert all(not said[v] for v in (*versions.TESTED, (0, 32, 3)))
+    assert "upgrade" in said[0, 31, 0][0]
+    assert "newer than 0.32.4" in said[0, 33, 0][0] and "tests/conformance" in said[0, 33, 0][0]
+    monkeypatch.setattr(versions, "MLX", (9, 0, 0))
+    assert any("newer than" in note for note in doctor.about()["notes"])

@@ -14,8 +14,9 @@ def _parse(version: str) -> tuple[int, ...]:
 MLX_VERSION: str = mx.__version__  # pyright: ignore[reportAttributeAccessIssue]
 MLX: tuple[int, ...] = _parse(MLX_VERSION)
 
-OLDEST_TESTED = (0, 31, 1)
-NEWEST_TESTED = (0, 32, 4)
+#: What the tests are run with. Others between are served by the same repairs.
+TESTED = ((0, 31, 1), (0, 31, 2), (0, 32, 0), (0, 32, 4))
+OLDEST_TESTED, NEWEST_TESTED = TESTED[0], TESTED[-1]
 
 #: `broadcast_arrays` uses a shape after moving it (fixed by ml-explore/mlx#3310): whatever a
 #: compiler that evaluates arguments left to right built cannot transform a broadcasting matmul.
