@@ -11,6 +11,7 @@ from .core.errors import NoBatchingRule as NoBatchingRule
 from .core.errors import PerformanceWarning as PerformanceWarning
 from .core.interception import names_in_place as intercepted
 from .extend import primitive as primitive
+from .rules.attention_long import attention_budget as attention_budget
 from .transforms.autodiff import grad as grad
 from .transforms.autodiff import grad_and_value as grad_and_value
 from .transforms.autodiff import value_and_grad as value_and_grad
@@ -64,6 +65,7 @@ __all__ = [
     "all_gather",
     "all_to_all",
     "associative_scan",
+    "attention_budget",
     "axis_index",
     "axis_size",
     "cond",

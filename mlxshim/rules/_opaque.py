@@ -26,7 +26,9 @@ class Opaque:
     * `batch(size, arrays, axes, **static)` -> a list of arrays, mapped over axis 0: called where at
       least one of the arrays is mapped;
     * `vjp(primals, cotangents, outputs, **static)` -> one cotangent for each primal;
-    * `jvp(primals, tangents, outputs, **static)` -> one tangent for each output.
+    * `jvp(primals, tangents, outputs, **static)` -> one tangent for each output;
+    * `shaped(*arrays, **static)` -> arrays of the outputs' shapes and dtypes, where the lowering is
+      too long to be built for those alone.
 
     Without a vjp or jvp there is none: an error, as outside.
     """
@@ -39,8 +41,10 @@ class Opaque:
         batch: Callable[..., list[mx.array]],
         vjp: Callable[..., list[mx.array]] | None = None,
         jvp: Callable[..., list[mx.array]] | None = None,
+        shaped: Callable[..., list[mx.array]] | None = None,
     ) -> None:
         self.name, self.lowering, self.batch = name, lowering, batch
+        self.shaped = shaped
         self.vjp, self.jvp = vjp or self._no_derivative, jvp or self._no_derivative
         self._node = functools.lru_cache(maxsize=512)(self._build_node)
 
@@ -60,7 +64,7 @@ class Opaque:
             return self.jvp(primals, tangents, self(*primals, **static), **static)
 
         return opaque_node(
-            lambda *arrays: self.lowering(*arrays, **static),
+            lambda *arrays: (self.shaped or self.lowering)(*arrays, **static),
             batch,
             functools.partial(self.vjp, **static),
             jvp,

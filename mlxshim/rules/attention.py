@@ -20,6 +20,17 @@ from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ._devices import gpu as _gpu
 from ._dtypes import promoted
+from .attention_folds import (
+    batch,
+    fold,
+    fold_into_batch,
+    fold_into_heads,
+    sample_shape,
+    sinks_mapped,
+    unfold,
+)
+from .attention_long import attention as in_blocks
+from .attention_long import exceeds_budget
 from .attention_plain import decompose, decompose_vjp
 from .attention_ragged import padded, padding
 
@@ -40,8 +51,11 @@ def scaled_dot_product_attention(
 ) -> mx.array:
     stack = levels.active()
     has_mask = isinstance(mask, mx.array)
-    if stack == ["grad"] and not (
-        _gpu(stream) and (has_mask or sinks is not None or _is_ragged(q, k, v, mask))
+    large = exceeds_budget(q, k, stack)
+    if (
+        stack == ["grad"]
+        and not large
+        and not (_gpu(stream) and (has_mask or sinks is not None or _is_ragged(q, k, v, mask)))
     ):
         # MLX's own node and derivative: nothing to gain by standing in between.
         return _raw(q, k, v, scale=scale, mask=mask, sinks=sinks, stream=stream, **newer)
@@ -68,16 +82,22 @@ def scaled_dot_product_attention(
     static["has_mask"] = has_mask
     if stream is not None:
         with mx.stream(stream):
-            return _dispatch(arrays, static, stack, newer)
-    out = _dispatch(arrays, static, stack, newer)
+            return _dispatch(arrays, static, stack, large, newer)
+    out = _dispatch(arrays, static, stack, large, newer)
     if asked is not None and arrays[0] is q and (not has_mask or arrays[3] is mask):
         Primitive.asked(asked)
     return out
 
 
 def _dispatch(
-    arrays: list[mx.array], static: dict[str, Any], stack: list[Any], newer: dict[str, Any]
+    arrays: list[mx.array],
+    static: dict[str, Any],
+    stack: list[Any],
+    large: bool,
+    newer: dict[str, Any],
 ) -> mx.array:
+    if large and not newer and not _fuses(arrays, static, stack):
+        return in_blocks(*arrays, **static)[0]
     if newer or ("vmap" in stack and _fuses(arrays, static, stack)):
         return attention(*arrays, **static, **newer)[0]
     if stack == ["grad"]:
@@ -204,19 +224,11 @@ def _fused_vjp(
 def _batch(
     size: int, arrays: Arrays, axes: Axes, **static: Any
 ) -> tuple[list[mx.array], list[int]]:
-    mapped_k, mapped_v = axes[1] is not None, axes[2] is not None
-    if not mapped_k and not mapped_v:
-        rows = _rows_are_free(arrays, axes, **static)
-        return (_share_by_length if rows else _share_by_group)(size, arrays, axes, **static)
-    if mapped_k != mapped_v and _sample_shape(arrays[0], axes[0])[0] != 1:
+    if (axes[1] is None) != (axes[2] is None) and sample_shape(arrays[0], axes[0])[0] != 1:
         # One of K and V would have to be copied for each sample to be a batch of the kernel.
         mapped = native.vmap(functools.partial(decompose, **static), in_axes=tuple(axes))
         return mapped(*arrays), [0]
-    if _sinks_mapped(axes, static["has_mask"]):
-        folded = _fold_into_heads(size, arrays, axes, static["has_mask"])
-        return [_unfold(attention(*folded, **static)[0], 1, size)], [1]
-    folded = _fold_into_batch(size, arrays, axes, static["has_mask"])
-    return [_unfold(attention(*folded, **static)[0], 0, size)], [0]
+    return batch(attention, size, arrays, axes, **static)
 
 
 def _batch_vjp(
@@ -226,142 +238,15 @@ def _batch_vjp(
     *primals, cotangent = arrays
     *primal_axes, cotangent_axis = axes
     has_mask = static["has_mask"]
-    heads = _sinks_mapped(primal_axes, has_mask)
+    heads = sinks_mapped(primal_axes, has_mask)
     dim = 1 if heads else 0
-    fold = _fold_into_heads if heads else _fold_into_batch
-    folded = fold(size, primals, primal_axes, has_mask)
+    into = fold_into_heads if heads else fold_into_batch
+    folded = into(size, primals, primal_axes, has_mask)
     folded[:3] = [
         mx.contiguous(x) if axis is None else x for x, axis in zip(folded[:3], primal_axes)
     ]
-    grads = attention_vjp(*folded, _fold(cotangent, cotangent_axis, size, dim), **static)
-    return [_unfold(g, dim, size) for g in grads], [dim] * 3
-
-
-def _sample_shape(x: mx.array, axis: int | None) -> tuple[int, ...]:
-    return tuple(n for i, n in enumerate(x.shape) if i != axis)
-
-
-def _sinks_mapped(axes: Axes, has_mask: bool) -> bool:
-    return len(axes) > 3 + has_mask and axes[-1] is not None
-
-
-def _rows_are_free(arrays: Arrays, axes: Axes, causal: bool, has_mask: bool, **_: Any) -> bool:
-    """Whether samples can be further query rows: no row's weights depend on where it stands."""
-    if (causal and _sample_shape(arrays[0], axes[0])[2] > 1) or _sinks_mapped(axes, has_mask):
-        return False
-    if not has_mask or axes[3] is not None:
-        return True
-    mask = arrays[3]
-    return mask.ndim < 2 or mask.shape[-2] == 1
-
-
-def _share_by_length(
-    size: int, arrays: Arrays, axes: Axes, *, causal: bool, has_mask: bool, **static: Any
-) -> tuple[list[mx.array], list[int]]:
-    """One K/V, all samples' queries as rows: (B, H, N * Lq, D)."""
-    q, k, v, *rest = arrays
-    folded = _queries(_fold(q, axes[0], size, 2), axes[0])
-    if has_mask and axes[3] is not None:
-        mask = _mask_front(rest[0], axes[3])  # (N, b, h, lq, Lk)
-        rows = folded.shape[2] // size
-        mask = mx.broadcast_to(mask, (*mask.shape[:3], rows, mask.shape[4]))
-        rest[0] = mx.flatten(mx.moveaxis(mask, 0, 2), 2, 3)
-    # causal here means one row that sees every key.
-    out = attention(folded, k, v, *rest, causal=False, has_mask=has_mask, **static)[0]
-    return [_unfold(out, 2, size)], [2]
-
-
-def _share_by_group(
-    size: int, arrays: Arrays, axes: Axes, *, has_mask: bool, **static: Any
-) -> tuple[list[mx.array], list[int]]:
-    """One K/V, samples as further heads of each group: (B, Hkv * N * G, Lq, D)."""
-    q, k, v, *rest = arrays
-    kv_heads = k.shape[1]
-
-    def regroup(x: mx.array, axis: int) -> mx.array:  # (.., N, H, ..) -> (.., Hkv * N * G, ..)
-        x = mx.unflatten(x, axis + 1, (kv_heads, -1))
-        return mx.flatten(mx.swapaxes(x, axis, axis + 1), axis, axis + 2)
-
-    queries = regroup(_to(q, axes[0], size, 1), 1)
-    queries = _queries(queries, axes[0])
-    heads = queries.shape[1] // size
-    if has_mask:
-        mask = _mask_front(rest[0], axes[3])
-        if axes[3] is not None or mask.shape[2] != 1:
-            mask = mx.broadcast_to(mask, (size, mask.shape[1], heads, *mask.shape[3:]))
-            rest[0] = regroup(mx.moveaxis(mask, 0, 1), 1)
-        # else one mask for all heads serves the further ones too
-    if len(rest) > has_mask:
-        rest[-1] = regroup(_to(rest[-1], axes[-1], size, 0), 0)
-    out = attention(queries, k, v, *rest, has_mask=has_mask, **static)[0]
-    out = mx.unflatten(out, 1, (kv_heads, size, -1))
-    return [mx.flatten(mx.moveaxis(out, 2, 0), 2, 3)], [0]
-
-
-def _fold_into_batch(size: int, arrays: Arrays, axes: Axes, has_mask: bool) -> list[mx.array]:
-    """(N, B, ...) -> (N * B, ...) for every array; sinks are unmapped and stay."""
-    folded = [_fold(x, axis, size, 0) for x, axis in zip(arrays[:3], axes)]
-    folded[0] = _queries(folded[0], axes[0])
-    rest = list(arrays[3:])
-    if has_mask:
-        batch = folded[0].shape[0] // size
-        mask = _mask_front(rest[0], axes[3])
-        if axes[3] is None and mask.shape[1] == 1:
-            mask = mask[0]
-        else:
-            shape = (size, batch, *mask.shape[2:])
-            mask = mx.flatten(mx.broadcast_to(mask, shape), 0, 1)
-        rest[0] = mask
-    return folded + rest
-
-
-def _fold_into_heads(size: int, arrays: Arrays, axes: Axes, has_mask: bool) -> list[mx.array]:
-    """(B, N, H, ...) -> (B, N * H, ...): sinks belong to heads, so mapped ones need this."""
-    folded = [_fold(x, axis, size, 1) for x, axis in zip(arrays[:3], axes)]
-    folded[0] = _queries(folded[0], axes[0])
-    rest = list(arrays[3:])
-    if has_mask:
-        heads = folded[0].shape[1] // size
-        mask = _mask_front(rest[0], axes[3])
-        if axes[3] is None and mask.shape[2] == 1:
-            mask = mask[0]
-        else:
-            mask = mx.broadcast_to(mask, (size, mask.shape[1], heads, *mask.shape[3:]))
-            mask = mx.flatten(mx.moveaxis(mask, 0, 1), 1, 2)
-        rest[0] = mask
-    rest[-1] = _fold(rest[-1], axes[-1], size, 0)
-    return folded + rest
-
-
-def _mask_front(mask: mx.array, axis: int | None) -> mx.array:
-    """The mask as (N or 1, b, h, lq, lk), each of the last four its own size or 1."""
-    mask = mx.expand_dims(mask, 0) if axis is None else mx.moveaxis(mask, axis, 0)
-    missing = 5 - mask.ndim
-    return mx.expand_dims(mask, tuple(range(1, 1 + missing))) if missing else mask
-
-
-def _to(x: mx.array, axis: int | None, size: int, dim: int) -> mx.array:
-    """`x` with its mapped axis at `dim`; an unmapped one is a view, repeated with stride zero."""
-    if axis == dim:
-        return x
-    if axis is None:
-        shape = (*x.shape[:dim], size, *x.shape[dim:])
-        return mx.broadcast_to(mx.expand_dims(x, dim), shape)
-    return mx.moveaxis(x, axis, dim)
-
-
-def _queries(folded: mx.array, axis: int | None) -> mx.array:
-    """Queries that samples share, written out: CUDA's kernel gives its output the layout of q,
-    and a stride of zero is one that it cannot give."""
-    return mx.contiguous(folded) if axis is None else folded
-
-
-def _fold(x: mx.array, axis: int | None, size: int, dim: int) -> mx.array:
-    return (x if axis == dim else _to(x, axis, size, dim)).flatten(dim, dim + 1)
-
-
-def _unfold(x: mx.array, dim: int, size: int) -> mx.array:
-    return mx.unflatten(x, dim, (size, -1))
+    grads = attention_vjp(*folded, fold(cotangent, cotangent_axis, size, dim), **static)
+    return [unfold(g, dim, size) for g in grads], [dim] * 3
 
 
 # The vjp rule ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ Source: mlx/fast.cpp (the decomposition).
 from __future__ import annotations
 
 import functools
+from array import array
 from typing import Any
 
 import mlx.core as mx
@@ -106,15 +107,25 @@ def _past(rows: int, q_length: int, k_length: int) -> mx.array:
     return _positions(rows, q_length, k_length) >= _steps(k_length)
 
 
+# Held by value, so a trace that is not evaluated can share them; from a buffer, which is quick.
+
+
 @functools.lru_cache(maxsize=64)
 def _steps(length: int) -> mx.array:
-    return mx.array(list(range(length)))
+    return _array(memoryview(array("i", range(length))))
 
 
 @functools.lru_cache(maxsize=64)
 def _positions(rows: int, q_length: int, k_length: int) -> mx.array:
     """The last key that each row sees."""
-    return mx.array([[row % q_length + k_length - q_length] for row in range(rows)])
+    if not rows:
+        return mx.zeros((0, 1), mx.int32)
+    last = array("i", range(k_length - q_length, k_length)) * (rows // q_length)
+    return _array(memoryview(last).cast("B").cast("i", shape=[rows, 1]))
+
+
+def _array(buffer: Any) -> mx.array:
+    return mx.array(buffer)
 
 
 def _masked_softmax(scores: mx.array, rest: tuple[mx.array, ...], has_mask: bool) -> mx.array:
