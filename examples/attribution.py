@@ -97,7 +97,7 @@ def draw(path: str, scores: mx.array, files: list[int], copies: list[int]) -> No
     axis.set(xlabel="training lines", ylabel="lines asked about")
     axis.set_title("TRAK's scores; circles: the changed copy of the line asked about")
     figure.colorbar(image, label="score, of the row's largest")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=70)
 
 
 def main() -> None:

@@ -70,6 +70,10 @@ QUICK = {
     "dp_sgd_lora": r"loss of records that nobody trained on: ([\d.]+) before, ([\d.]+) with",
     "attribution": r"the changed copy comes first for (\d+) of 24 lines",
     "fisher_laplace": r"whole covariance +standard deviation ([\d.]+) at the data, ([\d.]+) in",
+    "empirical_ntk": r"the wider, the nearer: (True|False)",
+    "ensemble": r"([\d.]+) s as one, ([\d.]+) s one by one",
+    "batched_lora": r"one prompt +([\d.]+) KiB\n +put together +([\d.]+) KiB",
+    "transformer_jacobians": r"sharpest: eigenvalue +([-\d.]+), loss",
 }
 
 
