@@ -10,7 +10,7 @@ A start of shape (*batch, k) holds the starts of k axes; x, y and u begin with t
 the batch, and `axes` counts them too.
 
 Source: mlx/primitives.cpp, `DynamicSlice` and `DynamicSliceUpdate`; mlx/backend/cpu/primitives.cpp,
-`compute_dynamic_offset`.
+`compute_dynamic_offset`; mlx/backend/cpu/copy.cpp, `copy_general_general`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import mlx.core as mx
 from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
+from ..core.versions import MLX
 
 Ints = tuple[int, ...]
 
@@ -68,13 +69,18 @@ def _direct(start: mx.array) -> bool:
     return start.size == 1 and start.ndim == 1
 
 
+def _direct_read(start: mx.array) -> bool:
+    """The same of a slice: the CPU's kernel of 0.31 copies as many entries as the array has."""
+    return _direct(start) and MLX >= (0, 32, 0)
+
+
 def _alone(start: mx.array) -> mx.array:
     """A start in a buffer of its own, of 4 bytes."""
     return mx.max(start.astype(mx.int32), keepdims=True)
 
 
 def _read(x: mx.array, start: mx.array, *, axes: Ints, sizes: Ints) -> list[mx.array]:
-    if _direct(start):
+    if _direct_read(start):
         return [original(mx, "slice")(x, _alone(start), axes, sizes)]
     return _indexed(x, start, axes=axes, sizes=sizes)
 
@@ -156,21 +162,26 @@ _slice_update = Primitive(
 
 
 def read(x: mx.array, start: mx.array, axes: Ints, sizes: Ints) -> mx.array:
-    return _bound(_slice, start)(x, start, axes=axes, sizes=sizes)[0]
+    bound = _bound(_slice, _direct_read(start))
+    return bound(x, start, axes=axes, sizes=sizes)[0]
 
 
 def write(y: mx.array, u: mx.array, start: mx.array, axes: Ints) -> mx.array:
     """`y` with `u` at `start`; its shape is the slice's."""
-    return _bound(_slice_update, start)(y, u, start, axes=axes)[0]
+    return _bound(_slice_update, _direct(start))(y, u, start, axes=axes)[0]
 
 
-def _bound(primitive: Primitive, start: mx.array) -> Any:
+def _bound(primitive: Primitive, direct: bool) -> Any:
     # MLX has no forward derivative of an assignment at indices: under its own grad and jvp too.
-    direct = _direct(start) or "vmap" in levels.active()
-    return primitive if direct else primitive.differentiable
+    return primitive if direct or "vmap" in levels.active() else primitive.differentiable
 
 
 # MLX's functions --------------------------------------------------------------------------------
+
+
+def _concerned(start: mx.array) -> bool:
+    stack = levels.active()
+    return "vmap" in stack or (bool(stack) and (start.nbytes >= 8 or MLX < (0, 32, 0)))
 
 
 @intercept(mx, "slice")
@@ -178,7 +189,7 @@ def slice_(
     a: mx.array, start_indices: mx.array, axes: Any, slice_size: Any, *, stream: Any = None
 ) -> mx.array:
     native = original(mx, "slice")(a, start_indices, axes, slice_size, stream=stream)
-    if "vmap" not in levels.active():
+    if not _concerned(start_indices):
         return native
     with _on(stream):
         return read(a, _flat(start_indices), _counted(axes, a.ndim), native.shape)
@@ -189,7 +200,7 @@ def slice_update(
     a: mx.array, update: mx.array, start_indices: mx.array, axes: Any, *, stream: Any = None
 ) -> mx.array:
     native = original(mx, "slice_update")(a, update, start_indices, axes, stream=stream)
-    if "vmap" not in levels.active():
+    if not _concerned(start_indices):
         return native
     axes = _counted(axes, a.ndim)
     with _on(stream):

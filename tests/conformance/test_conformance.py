@@ -8,9 +8,6 @@ from conformance.case import load
 from conformance.worker import Worker
 from mlxshim.core.versions import MLX, NEWEST_TESTED
 
-#: What MLX 0.31 still crashes in, in some runs: to be emptied.
-UNREPAIRED_0_31 = {"slice_update", "slice_update/fewer dimensions"}
-
 
 @pytest.fixture(scope="session")
 def worker():
@@ -26,8 +23,6 @@ def test_equals_the_loop(worker: Worker, name: str):
     assert results or MLX < NEWEST_TESTED, "the loop itself raised in every case"
     failed = [r for r in results if r["error"] and not _refused(r["error"])]
     lines = "\n".join(f"{r['mode']} {r['where']}: {r['error']}" for r in failed[:40])
-    if failed and MLX < (0, 32, 0) and name in UNREPAIRED_0_31:
-        pytest.xfail(f"not repaired on MLX 0.31 yet:\n{lines}")
     assert not failed, f"{len(failed)} of {len(results)} cases:\n{lines}"
 
 
