@@ -1,4 +1,4 @@
-"""What works on this machine: attention under the transforms, natively and through mlxshim.
+"""What works on this machine under the transforms, natively and through mlxshim.
 
 Every case runs in a subprocess of its own, with a time limit, because what it looks for are hangs
 and crashes. Its result is compared with the loop over samples, written with plain operations.
@@ -25,8 +25,8 @@ import mlx.core as mx
 
 import mlxshim
 from mlxshim.core import versions
+from mlxshim.doctor_operations import SAMPLES, Operation, operations
 
-SAMPLES = 3
 SIDES = ("native", "mlxshim")
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}
 
@@ -54,11 +54,26 @@ class Case:
             parts.append("shared K/V")
         return " ".join(p for p in parts if p not in ("none", "float32"))
 
+    def parts(self, lib: Any) -> tuple[Callable[..., Any], Callable[..., Any], list[mx.array]]:
+        """(the function under the transform, what it means, its arguments)."""
+        arrays = _arrays(self)
+        axes = (0, None, None) if self.shared_kv else (0, 0, 0)
+        under_test = _one_sample(self, _fused(self), lib)
+        meant = _one_sample(self, _plain(self), mx)
+        for _ in range(self.transform.count("vmap")):
+            under_test = lib.vmap(under_test, in_axes=axes)
+            meant = _loop(meant, axes)
+        if "vmap" not in self.transform:
+            arrays = [x[0] for x in arrays]
+        return under_test, meant, arrays
 
-def cases(long: bool = False) -> list[Case]:
-    """The matrix of the original report, and what stands around it."""
+
+def cases(long: bool = False) -> list[Case | Operation]:
+    """Attention, as in the original report and around it, and operations of every family."""
     heads = ("4/4", "4/2", "4/1")
-    matrix = [Case(t, h) for t in ("vmap(fwd)", "vmap(grad)", "grad") for h in heads]
+    matrix: list[Case | Operation] = [
+        Case(t, h) for t in ("vmap(fwd)", "vmap(grad)", "grad") for h in heads
+    ]
     matrix += [Case(t, h, "causal") for t in ("vmap(fwd)", "vmap(grad)") for h in heads]
     matrix += [Case("vmap(grad)", mask=m) for m in ("bool", "additive")]
     matrix += [Case("vmap(fwd)", q_length=1, shared_kv=s) for s in (False, True)]
@@ -71,7 +86,7 @@ def cases(long: bool = False) -> list[Case]:
             Case(t, mask="causal", q_length=length, k_length=length)
             for t in ("vmap(fwd)", "vmap(grad)")
         ]
-    return matrix
+    return matrix + operations()
 
 
 # One case, in its own process -------------------------------------------------------------------
@@ -142,17 +157,9 @@ def _one_sample(case: Case, fun: Callable[..., mx.array], lib: Any) -> Callable[
     return lambda *xs: [fun(*xs)]
 
 
-def _run(case: Case, side: str) -> dict[str, Any]:
+def _run(case: Case | Operation, side: str) -> dict[str, Any]:
     lib: Any = mlxshim if side == "mlxshim" else mx
-    arrays = _arrays(case)
-    axes = (0, None, None) if case.shared_kv else (0, 0, 0)
-    under_test = _one_sample(case, _fused(case), lib)
-    meant = _one_sample(case, _plain(case), mx)
-    for _ in range(case.transform.count("vmap")):
-        under_test = lib.vmap(under_test, in_axes=axes)
-        meant = _loop(meant, axes)
-    if "vmap" not in case.transform:
-        arrays = [x[0] for x in arrays]
+    under_test, meant, arrays = case.parts(lib)
     mx.eval(under_test(*arrays))
     active = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -222,7 +229,7 @@ def judge(command: Sequence[str], timeout: float) -> tuple[str, dict[str, Any]]:
     return "PASS", json.loads(lines[-1])
 
 
-def examine(index: int, case: Case, side: str, long: bool, timeout: float) -> Result:
+def examine(index: int, case: Case | Operation, side: str, long: bool, timeout: float) -> Result:
     command = [sys.executable, "-m", "mlxshim", "--run", f"{index}:{side}"]
     verdict, found = judge(command + ["--long"] * long, timeout)
     if found and not found["error"] <= TOLERANCE[case.dtype]:
@@ -282,7 +289,7 @@ def _untested(mlx: tuple[int, ...]) -> list[str]:
     if mlx > versions.NEWEST_TESTED:
         return [
             f"this MLX is newer than {newest}, the newest that mlxshim was tested with: this "
-            "command checks attention; the conformance suite, `python -m pytest "
+            "command checks a few operations; the conformance suite, `python -m pytest "
             "tests/conformance` in a checkout, checks every operation"
         ]
     if mlx < versions.OLDEST_TESTED:
