@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-GENERATED = {"coverage.md", "performance.md", "errors.md", "api/control-flow.md"}
+GENERATED = {"coverage.md", "performance.md"}
 
 
 def on_config(config: Any) -> Any:

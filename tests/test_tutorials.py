@@ -6,6 +6,9 @@ import mlx.core as mx
 import pytest
 import tutorials
 
+import mlxshim
+import mlxshim.nn
+
 DOCS = tutorials.ROOT / "docs"
 PAGES = [DOCS / "index.md", *sorted(DOCS.glob("tutorials/*.md"))]
 #: What a page needs besides the test extra.
@@ -25,6 +28,14 @@ def test_page(page, tmp_path, monkeypatch):
             where = f"{page.name}, line {block.line}"
             assert tutorials.same(block.output, printed), f"{where} prints:\n{printed}"
     assert any(printed for _, printed in ran), "a page that shows no result"
+
+
+@pytest.mark.parametrize("module", [mlxshim, mlxshim.nn], ids=lambda module: module.__name__)
+def test_every_public_name_is_in_the_reference(module):
+    pages = [page.read_text("utf-8").splitlines() for page in DOCS.glob("api/*.md")]
+    named = {line for page in pages for line in page}
+    missing = [name for name in module.__all__ if f"::: {module.__name__}.{name}" not in named]
+    assert not missing, f"put them into a page of docs/api: {missing}"
 
 
 def test_another_number_or_word_is_seen():
