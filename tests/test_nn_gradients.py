@@ -108,6 +108,25 @@ def test_axes_and_keywords():
     assert again[0].shape == (6,)
 
 
+def test_called_again_and_again():
+    """The later traces rest on what the earlier ones noted: of another case, other sizes, axes."""
+    model, loss, data = CASES["lora"](6)
+
+    def either(model, x, y):
+        return loss(model, x, y) if bent["so"] else loss(model, mx.tanh(model(x)), 2 * y)
+
+    fun, bent = per_sample_value_and_grad(model, either), {"so": True}
+    before = snapshot(model)
+    for size, so in ((6, True), (6, True), (6, True), (6, True), (6, False), (3, False), (6, True)):
+        bent["so"] = so
+        some = tuple(x[:size] for x in data)
+        losses, grads = loop(model, either, some)
+        got = fun(model, *some)
+        close(got[0], losses)
+        close_trees(got[1], grads)
+        assert snapshot(model) == before
+
+
 def test_auxiliary_outputs_and_another_model():
     student, _, (x, _) = dense_case()
     teacher, _, _ = dense_case()

@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .plans import placeholder
 from .primitive import Arrays, Axes, Node
 
 
@@ -21,8 +22,8 @@ def opaque_node(
     The rules see the arrays alone; `batch` gets axes that may all be None, and maps over axis 0.
     """
 
-    def placeholder(mapped: mx.array, *arrays: mx.array) -> list[mx.array]:
-        return [mx.zeros(x.shape, x.dtype) for x in shaped(*arrays)]
+    def value(mapped: mx.array, *arrays: mx.array) -> list[mx.array]:
+        return [placeholder(x.shape, x.dtype) for x in shaped(*arrays)]
 
     def node_vmap(arrays: Arrays, axes: Axes) -> tuple[list[mx.array], list[int]]:
         size = next(x.shape[a] for x, a in zip(arrays, axes) if a is not None)
@@ -36,7 +37,7 @@ def opaque_node(
         full = [mx.zeros_like(x) if t is None else t for x, t in zip(primals, tangents)]
         return jvp(primals[1:], full[1:])
 
-    node = Node(placeholder)
+    node = Node(value)
     node.vmap(node_vmap)
     node.vjp(node_vjp)
     node.jvp(node_jvp)

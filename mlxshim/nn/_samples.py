@@ -25,6 +25,46 @@ class _Held:
         self.module = module
 
 
+class Traces:
+    """What the calls of one per-sample function share: a vmap, which learns from its traces."""
+
+    def __init__(self) -> None:
+        self._mapped: dict[tuple[int, ...], Callable[..., Any]] = {}
+
+    def of(self, axes: list[int]) -> Callable[..., Any]:
+        found = self._mapped.get(tuple(axes))
+        if found is None:
+            in_axes = (0, list(axes), None)
+            found = self._mapped[tuple(axes)] = vmap(_one, in_axes=in_axes, fallback="error")
+        return found
+
+
+class _Trace:
+    """What one trace is of."""
+
+    def __init__(self, samples: Samples, tape: _tape.Tape, before: _state.Snapshot) -> None:
+        self.samples, self.tape, self.before = samples, tape, before
+
+
+def _one(parameters: list[mx.array], arrays: list[mx.array], trace: _Trace) -> Any:
+    """The loss of one sample, its copies of the parameters in the model."""
+    samples, tape, before = trace.samples, trace.tape, trace.before
+    try:
+        with (
+            _tape.watched(before.modules),
+            _state.substituted(samples.places.unique, parameters),
+        ):
+            tape.hold(parameters)
+            try:
+                result = samples.call(tuple(arrays))
+            finally:
+                tape.release()
+    finally:
+        before.restore()
+    _check_loss(result)
+    return result
+
+
 class Samples:
     """One call's arguments, the mapped ones taken apart."""
 
@@ -36,8 +76,10 @@ class Samples:
         kwargs: dict[str, Any],
         in_axes: Any,
         keepdims: bool,
+        traces: Traces,
     ) -> None:
         self.model, self.loss_fn, self.keepdims = model, loss_fn, keepdims
+        self.traces = traces
         self.inputs = Inputs(
             loss_fn,
             tuple(_hold(arg) for arg in args),
@@ -84,30 +126,16 @@ class Samples:
 
     def _batched(self, arrays: list[mx.array], size: int) -> _parts.Run:
         tape = _tape.Tape(self.places.unique, size, _tape.depth())
+        mapped = self.traces.of(self.inputs.axes)
         results: list[Any] = []
 
-        def one(parameters: list[mx.array], samples: list[mx.array]) -> Any:
-            with (
-                _state.untouched(self.model) as modules,
-                _tape.watched(modules),
-                _state.substituted(self.places.unique, parameters),
-            ):
-                tape.hold(parameters)
-                try:
-                    result = self.call(tuple(samples))
-                finally:
-                    tape.release()
-            _check_loss(result)
-            return result
-
-        mapped = vmap(one, in_axes=(0, list(self.inputs.axes)), fallback="error")
-
-        def body(parameters: list[mx.array]) -> mx.array:
-            results.append(mapped(parameters, arrays))
-            return _loss_of(results[-1]).astype(mx.float32)
-
         # A checkpointed layer is called again in the backward pass.
-        with _state.untouched(self.model):
+        with _state.untouched(self.model) as before:
+
+            def body(parameters: list[mx.array]) -> mx.array:
+                results.append(mapped(parameters, arrays, _Trace(self, tape, before)))
+                return _loss_of(results[-1]).astype(mx.float32)
+
             tape.run(body)
         return _parts.Run(results[-1], tape.parameters, size)
 

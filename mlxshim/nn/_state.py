@@ -94,31 +94,31 @@ def substituted(places: Sequence[Location], values: Sequence[mx.array]) -> Itera
             place.put(value)
 
 
-@contextmanager
-def untouched(*models: nn.Module) -> Iterator[list[nn.Module]]:
-    """Whatever happens inside, the modules are afterwards as they were: arrays, attributes, all.
+class Snapshot:
+    """What modules hold: arrays, attributes, all."""
 
-    Yields all modules in them, each once.
-    """
-    saved: dict[int, tuple[Any, Any, Any]] = {}
+    def __init__(self, *models: nn.Module) -> None:
+        self._saved: dict[int, tuple[Any, Any, Any]] = {}
+        for model in models:
+            self._save(model)
+        #: All modules in them, each once.
+        self.modules: list[nn.Module] = [
+            node for node, _, own in self._saved.values() if own is not None
+        ]
 
-    def save(node: Any) -> None:
+    def _save(self, node: Any) -> None:
         if isinstance(node, tuple):
             for child in node:
-                save(child)
-        elif isinstance(node, (dict, list)) and id(node) not in saved:
+                self._save(child)
+        elif isinstance(node, (dict, list)) and id(node) not in self._saved:
             own = dict(vars(node)) if isinstance(node, nn.Module) else None
-            saved[id(node)] = node, node.copy() if isinstance(node, list) else dict(node), own
+            self._saved[id(node)] = node, node.copy() if isinstance(node, list) else dict(node), own
             for child in node.values() if isinstance(node, dict) else node:
                 if not isinstance(child, mx.array):
-                    save(child)
+                    self._save(child)
 
-    for model in models:
-        save(model)
-    try:
-        yield [node for node, _, own in saved.values() if own is not None]
-    finally:
-        for node, content, own in saved.values():
+    def restore(self) -> None:
+        for node, content, own in self._saved.values():
             if own is not None:
                 vars(node).clear()
                 vars(node).update(own)
@@ -127,3 +127,13 @@ def untouched(*models: nn.Module) -> Iterator[list[nn.Module]]:
             else:
                 dict.clear(node)
                 dict.update(node, content)
+
+
+@contextmanager
+def untouched(*models: nn.Module) -> Iterator[Snapshot]:
+    """Whatever happens inside, the modules are afterwards as they were."""
+    snapshot = Snapshot(*models)
+    try:
+        yield snapshot
+    finally:
+        snapshot.restore()

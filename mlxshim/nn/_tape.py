@@ -29,6 +29,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..core import native
+from ..core.plans import placeholder
 from ..core.primitive import Arrays, Axes, Node
 from ..rules._opaque import copies, opaque_node
 from ..transforms.linear import vjp
@@ -97,9 +98,8 @@ class Tape:
 
         def total(seed: mx.array) -> mx.array:
             self.seed = seed
-            return body(
-                [_nodes(self.depth, p.index).spread(self)(p.value, seed) for p in self.parameters]
-            )
+            nodes = (_nodes(self.depth, p.index).spread(self.size) for p in self.parameters)
+            return body([node(p.value, seed) for node, p in zip(nodes, self.parameters)])
 
         with _entered(self):
             vjp(total, [mx.zeros(())], [mx.ones((self.size,))])
@@ -145,13 +145,15 @@ class _Nodes:
     def __init__(self, depth: int, index: int) -> None:
         self.depth, self.index = depth, index
         self.product = opaque_node(
-            lambda copy, x, weight, seed: [mx.matmul(x, mx.swapaxes(weight, 0, 1))],
+            lambda copy, x, weight, seed: [_shape_of_product(x, weight)],
             functools.partial(self._batch, lambda: (self.product, self._products)),
             _product_vjp,
             _product_jvp,
         )
         self.lookup = opaque_node(
-            lambda copy, ids, weight, seed: [mx.take(weight, ids, axis=0)],
+            lambda copy, ids, weight, seed: [
+                placeholder((*ids.shape, *weight.shape[1:]), weight.dtype)
+            ],
             functools.partial(self._batch, lambda: (self.lookup, self._lookups)),
             _lookup_vjp,
             _lookup_jvp,
@@ -221,21 +223,24 @@ class _Nodes:
         recorded: Any = Node(lambda x, weight, seed: fused(x, weight))
         recorded.vjp(record)
         mapped: Any = opaque_node(
-            lambda copy, x, weight, seed: [fused(x, weight)],
+            lambda copy, x, weight, seed: [
+                placeholder(x.shape, x.dtype) if x.dtype == weight.dtype else fused(x, weight)
+            ],
             functools.partial(self._batch, lambda: (mapped, recorded)),
             vjp_of_copy,
             jvp_of_copy,
         )
         return mapped
 
-    def spread(self, tape: Tape) -> Callable[..., mx.array]:
+    @functools.lru_cache(maxsize=4)  # noqa: B019
+    def spread(self, size: int) -> Callable[..., mx.array]:
         def record(primals: Arrays, cotangent: mx.array, _: Any) -> list[mx.array]:
             parameter = _recorded(self.depth, self.index)
             if parameter is not None:
                 parameter.add(cotangent)
             return [mx.sum(cotangent, axis=0), mx.zeros_like(primals[1])]
 
-        node: Any = Node(lambda weight, seed: copies(weight, tape.size))
+        node: Any = Node(lambda weight, seed: copies(weight, size))
         node.vjp(record)
         return node
 
@@ -243,6 +248,12 @@ class _Nodes:
 @functools.lru_cache(maxsize=4096)
 def _nodes(depth: int, index: int) -> _Nodes:
     return _Nodes(depth, index)
+
+
+def _shape_of_product(x: mx.array, weight: mx.array) -> mx.array:
+    if x.dtype == weight.dtype and x.ndim and x.shape[-1] == weight.shape[1]:
+        return placeholder((*x.shape[:-1], weight.shape[0]), x.dtype)
+    return mx.matmul(x, mx.swapaxes(weight, 0, 1))  # promotes, or says what is wrong
 
 
 def _rows(x: mx.array, leading: int) -> mx.array:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..transforms.vmap import _settle
-from ._samples import Samples
+from ._samples import Samples, Traces
 from .gradients import arrays_of, joined
 
 #: Entries of the random matrix that are in memory at a time.
@@ -92,9 +92,11 @@ def gradient_features(
         (5, 4)
     """
 
+    traces = Traces()
+
     @functools.wraps(loss_fn, updated=())
     def of(*args: Any, **kwargs: Any) -> tuple[Any, mx.array]:
-        samples = Samples(model, loss_fn, args, kwargs, in_axes, keepdims)
+        samples = Samples(model, loss_fn, args, kwargs, in_axes, keepdims, traces)
         results, parts = [], []
         for start, stop in samples.chunks(chunk_size):
             run = samples.run(start, stop)

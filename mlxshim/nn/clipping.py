@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 
 from ..transforms.vmap import _settle
 from . import _parts, _state
-from ._samples import Samples
+from ._samples import Samples, Traces
 from .gradients import Loss, arrays_of, concatenated, joined
 
 #: What no layer is known for has its gradients held, of so many samples at a time that they take
@@ -65,9 +65,11 @@ def per_sample_norms(
     Source: Goodfellow 2015, Li et al. 2022 (https://arxiv.org/abs/2110.05679).
     """
 
+    traces = Traces()
+
     @functools.wraps(loss_fn, updated=())
     def measured(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        samples = Samples(model, loss_fn, args, kwargs, in_axes, keepdims)
+        samples = Samples(model, loss_fn, args, kwargs, in_axes, keepdims, traces)
         results, parts = [], []
         for run in _runs(samples, chunk_size):
             squared = run.squared_norms()
@@ -131,9 +133,11 @@ def clipped_grad(
     """
     _check_bound(max_norm, per_layer)
 
+    traces = Traces()
+
     @functools.wraps(loss_fn, updated=())
     def differentiated(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        samples = Samples(model, loss_fn, args, kwargs, in_axes, keepdims)
+        samples = Samples(model, loss_fn, args, kwargs, in_axes, keepdims, traces)
         bounds = _bounds(max_norm, samples.places, per_layer)
         results, parts = [], []
         total: list[mx.array] | None = None

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from ..transforms.vmap import _settle
-from ._samples import Samples
+from ._samples import Samples, Traces
 from .gradients import arrays_of, joined
 
 Tree = Any
@@ -57,9 +57,11 @@ def fisher_diagonal(
         {'weight': array([[5]], dtype=float32)}
     """
 
+    traces = Traces()
+
     @functools.wraps(loss_fn, updated=())
     def of(*args: Any, **kwargs: Any) -> tuple[Any, Tree]:
-        samples = Samples(model, loss_fn, args, kwargs, in_axes, keepdims)
+        samples = Samples(model, loss_fn, args, kwargs, in_axes, keepdims, traces)
         if not samples.size:
             raise ValueError("[fisher_diagonal] There are no samples to take the mean of.")
         sums: list[mx.array] | None = None

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from ..transforms import autodiff
 from ..transforms.vmap import _settle
 from . import _state
-from ._samples import Samples
+from ._samples import Samples, Traces
 
 Loss = Callable[..., Any]
 
@@ -102,9 +102,11 @@ def per_sample_value_and_grad(
         ((3,), (3, 1, 2))
     """
 
+    traces = Traces()
+
     @functools.wraps(loss_fn, updated=())
     def differentiated(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        samples = Samples(model, loss_fn, args, kwargs, in_axes, keepdims)
+        samples = Samples(model, loss_fn, args, kwargs, in_axes, keepdims, traces)
         results, parts = [], []
         for start, stop in samples.chunks(chunk_size):
             run = samples.run(start, stop)
