@@ -6,6 +6,7 @@ per_sample = vmap(grad(loss), in_axes=(None, 0, 0))
 """
 
 from . import rules as _rules  # noqa: F401  (registers the interceptions)
+from .core.errors import ArgumentError as ArgumentError
 from .core.errors import ConcretizationError as ConcretizationError
 from .core.errors import NoBatchingRule as NoBatchingRule
 from .core.errors import PerformanceWarning as PerformanceWarning
@@ -58,6 +59,7 @@ from .tree import tree_unflatten as tree_unflatten
 
 __version__ = "0.1.0"
 __all__ = [
+    "ArgumentError",
     "ConcretizationError",
     "NoBatchingRule",
     "PerformanceWarning",

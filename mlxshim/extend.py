@@ -141,6 +141,9 @@ def primitive(decomposition: Callable[..., Any]) -> Operation:
         `def_elementwise` and `def_vjp` to give it rules. Without a batching rule its decomposition
         is mapped, without a vjp rule its decomposition is differentiated.
 
+    Raises:
+        TypeError: by a call with a keyword argument that is not hashable.
+
     Example:
         >>> import mlx.core as mx
         >>> import mlxshim

@@ -120,6 +120,10 @@ def tree_flatten(tree: Any, is_leaf: IsLeaf = None) -> tuple[list[Any], TreeDef]
 def tree_unflatten(treedef: TreeDef, leaves: Iterable[Any]) -> Any:
     """The tree of that structure with these leaves.
 
+    Args:
+        treedef: What `tree_structure` or `tree_flatten` returned.
+        leaves: As many leaves, in the order of `tree_flatten`.
+
     Raises:
         ValueError: another number of leaves than the structure has.
 
@@ -132,7 +136,7 @@ def tree_unflatten(treedef: TreeDef, leaves: Iterable[Any]) -> Any:
 
 
 def tree_leaves(tree: Any, is_leaf: IsLeaf = None) -> list[Any]:
-    """The leaves of a tree.
+    """The leaves of a tree; arguments are those of `tree_flatten`.
 
     Example:
         >>> from mlxshim import tree_leaves
@@ -143,7 +147,7 @@ def tree_leaves(tree: Any, is_leaf: IsLeaf = None) -> list[Any]:
 
 
 def tree_structure(tree: Any, is_leaf: IsLeaf = None) -> TreeDef:
-    """The structure of a tree.
+    """The structure of a tree; arguments are those of `tree_flatten`.
 
     Example:
         >>> from mlxshim import tree_structure

@@ -197,6 +197,17 @@ def names_in_place() -> list[str]:
     """The names of MLX that are not MLX's own now, such as "mlx.core.array.sum".
 
     Empty outside transforms: what the last one has left in place is put back first.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> from mlxshim import intercepted, vmap
+        >>> intercepted()
+        []
+        >>> def f(x):
+        ...     assert "mlx.core.fast.rms_norm" in intercepted()
+        ...     return x
+        >>> vmap(f)(mx.array([1, 2]))
+        array([1, 2], dtype=int32)
     """
     _restore_types()
     with _lock:

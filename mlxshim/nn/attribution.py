@@ -79,7 +79,8 @@ def gradient_features(
 
     Returns:
         A function with `loss_fn`'s arguments that returns (results, features): what `loss_fn`
-        returned with a leading axis of samples, and (samples, dimension), float32.
+        returned with a leading axis of samples, and (samples, dimension), float32. Its errors are
+        those of `per_sample_value_and_grad`.
 
     Example:
         >>> import mlx.core as mx

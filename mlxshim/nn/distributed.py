@@ -23,7 +23,25 @@ _HALF = (mx.float16, mx.bfloat16)
 
 
 class RankFailed(RuntimeError):
-    """Another rank's step ended with an error, and so does this one's."""
+    """Another rank's step ended with an error, and so does this one's.
+
+    Example:
+        >>> from mlxshim.nn import RankFailed
+        >>> def train(step, batches):
+        ...     done = 0
+        ...     for batch in batches:
+        ...         try:
+        ...             done += step(batch)
+        ...         except RankFailed:  # all ranks have left this step: they go on with the next
+        ...             continue
+        ...     return done
+        >>> def step(batch):
+        ...     if batch == 2:
+        ...         raise RankFailed("rank 1 failed")
+        ...     return 1
+        >>> train(step, [1, 2, 3])
+        2
+    """
 
 
 def across_ranks(

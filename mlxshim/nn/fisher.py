@@ -79,7 +79,15 @@ def fisher_diagonal(
 
 
 class Laplace(NamedTuple):
-    """A normal distribution over parameters, its covariance diagonal; made by `laplace`."""
+    """A normal distribution over parameters, its covariance diagonal; made by `laplace`.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> from mlxshim.nn import Laplace
+        >>> posterior = Laplace({"w": mx.zeros(2)}, {"w": mx.ones(2)}, prior_precision=1.0)
+        >>> posterior.sample(5)["w"].shape
+        (5, 2)
+    """
 
     #: Trees such as `model.trainable_parameters()`.
     mean: Tree

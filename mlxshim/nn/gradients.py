@@ -30,6 +30,9 @@ def value_and_grad(model: nn.Module, loss_fn: Loss) -> Callable[..., tuple[Any, 
         A function with `loss_fn`'s arguments that returns (what `loss_fn` returned, gradients),
         the gradients a tree such as `model.trainable_parameters()`.
 
+    Raises:
+        ArgumentError: by its call, a loss that is no scalar array.
+
     Example:
         >>> import mlx.core as mx
         >>> import mlx.nn as nn

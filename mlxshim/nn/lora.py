@@ -19,6 +19,14 @@ Tree = Any
 class LoRA(nn.Module):
     """A linear layer, dense or quantized, and scale * (x A) B beside it.
 
+    Example:
+        >>> import mlx.core as mx
+        >>> import mlx.nn as nn
+        >>> from mlxshim.nn import LoRA
+        >>> layer = LoRA(nn.Linear(4, 3), rank=2)
+        >>> layer(mx.ones((5, 4))).shape
+        (5, 3)
+
     Source: Hu et al. 2021, "LoRA: low-rank adaptation of large language models".
     """
 
@@ -83,6 +91,12 @@ def add_lora(
 def stack_adapters(adapters: Sequence[Tree]) -> Tree:
     """Several models' `trainable_parameters()`, alike in shape, with a leading axis of adapters.
 
+    Args:
+        adapters: Trees of arrays, at least one.
+
+    Raises:
+        ValueError: no adapters, or adapters whose arrays differ in shape.
+
     Example:
         >>> import mlx.core as mx
         >>> from mlxshim.nn import stack_adapters
@@ -110,6 +124,9 @@ def per_row(model: nn.Module, adapters: Tree, *, in_axes: Any = 0) -> Callable[.
         A function of `rows`, (batch,) integers that say which adapter each row has, and of the
         model's arguments, that returns what the model returns, with a leading axis of rows. The
         model sees one row at a time.
+
+    Raises:
+        ValueError: by its call, an adapter that does not fit the model, or axes that do not fit.
 
     Example:
         >>> import mlx.core as mx

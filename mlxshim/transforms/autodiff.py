@@ -192,6 +192,8 @@ def grad_and_value(
 ) -> Callable[..., tuple[Any, Any]]:
     """`value_and_grad` with its two results in the order of `torch.func.grad_and_value`.
 
+    Arguments are those of `value_and_grad`.
+
     Returns:
         A function with `fun`'s arguments that returns (gradients, value), and with `has_aux`
         (gradients, (value, aux)).

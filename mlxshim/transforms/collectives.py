@@ -140,7 +140,9 @@ def pmean(x: Any, axis_name: Any) -> Any:
 
 
 def pmax(x: Any, axis_name: Any) -> Any:
-    """The largest of `x` over all samples, entry by entry. Arguments as those of `psum`.
+    """The largest of `x` over all samples, entry by entry.
+
+    Arguments and errors are those of `psum`.
 
     Example:
         >>> import mlx.core as mx
@@ -154,7 +156,9 @@ def pmax(x: Any, axis_name: Any) -> Any:
 
 
 def pmin(x: Any, axis_name: Any) -> Any:
-    """The smallest of `x` over all samples, entry by entry. Arguments as those of `psum`.
+    """The smallest of `x` over all samples, entry by entry.
+
+    Arguments and errors are those of `psum`.
 
     Example:
         >>> import mlx.core as mx
@@ -234,6 +238,10 @@ def psum_scatter(x: Any, axis_name: Hashable, *, scatter_dimension: int = 0) -> 
         x: An array or a tree of arrays whose `scatter_dimension` is as long as the mapped axis.
         axis_name: The name of a vmap around the call.
         scatter_dimension: The axis that is dealt out; it is gone in the result.
+
+    Raises:
+        NameError: no vmap in reach has that name.
+        ValueError: the axis is not as long as there are samples.
 
     Example:
         >>> import mlx.core as mx
@@ -330,7 +338,7 @@ def all_to_all(
 def pswapaxes(x: Any, axis_name: Hashable, axis: int) -> Any:
     """The mapped axis exchanged with `axis` of the operand, which is as long.
 
-    Arguments and errors are those of `all_to_all`.
+    Arguments and errors are those of `all_to_all`, with `axis` for both of its axes.
 
     Example:
         >>> import mlx.core as mx
@@ -368,6 +376,11 @@ def ppermute(x: Any, axis_name: Hashable, perm: Sequence[tuple[int, int]]) -> An
 
     A sample that nobody sends to gets zeros.
 
+    Args:
+        x: An array or a tree of arrays.
+        axis_name: The name of a vmap around the call.
+        perm: Pairs of numbers of samples.
+
     Raises:
         NameError: no vmap in reach has that name.
         ValueError: `perm` has a number twice on one side, or one that is no sample.
@@ -391,6 +404,11 @@ def ppermute(x: Any, axis_name: Hashable, perm: Sequence[tuple[int, int]]) -> An
 
 def pshuffle(x: Any, axis_name: Hashable, perm: Sequence[int]) -> Any:
     """`x` of another sample: sample n gets that of number `perm[n]`.
+
+    Args:
+        x: An array or a tree of arrays.
+        axis_name: The name of a vmap around the call.
+        perm: The numbers of all samples, in the order of who gets them.
 
     Raises:
         NameError: no vmap in reach has that name.
@@ -429,6 +447,9 @@ def _index_node(depth: int) -> Any:
 def axis_index(axis_name: Any) -> mx.array:
     """The number of the sample, an int32 scalar; for a tuple of names, the first varies slowest.
 
+    Args:
+        axis_name: The name of a vmap around the call, or a tuple of names.
+
     Raises:
         NameError: no vmap in reach has that name.
 
@@ -448,6 +469,9 @@ def axis_index(axis_name: Any) -> mx.array:
 
 def axis_size(axis_name: Any) -> int:
     """How many samples the vmap with that `axis_name` has; for a tuple of names, their product.
+
+    Args:
+        axis_name: The name of a vmap around the call, or a tuple of names.
 
     Raises:
         NameError: no vmap in reach has that name.

@@ -83,7 +83,9 @@ def switch(
 
     Args:
         index: An integer scalar.
-        branches: Functions of the operands; the rest as for `cond`.
+        branches: Functions of the operands.
+        *operands: Trees of arrays, or of anything.
+        operand: The one operand, by name.
 
     Raises:
         TypeError: the index is no integer scalar, or the branches' outputs differ.

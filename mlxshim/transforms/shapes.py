@@ -31,7 +31,15 @@ def stop_gradient(x: T) -> T:
 
 @dataclass(frozen=True)
 class ShapeDtypeStruct:
-    """The shape and dtype of an array that does not exist."""
+    """The shape and dtype of an array that does not exist.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> from mlxshim import ShapeDtypeStruct, eval_shape
+        >>> x = ShapeDtypeStruct((1000, 3), mx.float32)
+        >>> eval_shape(lambda x: x @ x.T, x).shape
+        (1000, 1000)
+    """
 
     shape: tuple[int, ...]
     dtype: mx.Dtype
