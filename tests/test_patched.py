@@ -459,8 +459,8 @@ assert mx.grad is native and type(mx).__name__ == "module"
 def test_mlxshim_uses_mlxs_own_transforms():
     root = Path(mlxshim.__file__).parent
     for file in sorted(root.rglob("*.py")):
-        if file == root / "core" / "native.py":
-            continue
+        if file == root / "core" / "native.py" or file.name.startswith("doctor"):
+            continue  # the doctor looks at MLX's
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 called = node.value.id == "mx" and node.attr in NAMES
