@@ -62,7 +62,7 @@ class Operation:
     def def_lowering(self, fun: Rule) -> Rule:
         """`fun(*arrays, **static)`: the call to make where no vmap traces. Its value is the
         decomposition's."""
-        self.lowering = fun
+        self.lowering: Rule = fun
         return fun
 
     def def_batch(self, rule: Rule) -> Rule:

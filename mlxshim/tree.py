@@ -20,7 +20,8 @@ class TreeDef:
     """The structure of a tree without its leaves. Equal structures are equal, and hash alike."""
 
     def __init__(self, skeleton: Any, num_leaves: int) -> None:
-        self._skeleton, self.num_leaves = skeleton, num_leaves
+        self._skeleton: Any = skeleton
+        self.num_leaves: int = num_leaves
 
     def unflatten(self, leaves: Iterable[Any]) -> Any:
         """The tree with these leaves."""

@@ -47,6 +47,19 @@ def test_all_of_mlx_is_put_back():
     assert [getattr(o, n) for o, n in MODULES + TYPES] == before
 
 
+def test_code_that_has_run_often_before_is_intercepted():
+    """The interpreter specializes an instruction that has seen the module a few times."""
+
+    def look():
+        return mx.sum, mx.random.normal, mx.fast.rms_norm
+
+    before = [look() for _ in range(1000)][-1]
+    seen = []
+    vmap(lambda x: seen.append(look()) or x)(mx.ones((2, 3)))
+    assert all(a is not b for a, b in zip(before, seen[0]))
+    assert look() == before
+
+
 @pytest.mark.parametrize("owner", [mx, mx.array], ids=["module", "type"])
 def test_what_somebody_else_puts_over_ours_stays_and_works(owner):
     settle()

@@ -232,7 +232,8 @@ class Ensemble(nn.Module):
         self._no_grad.discard("members")
         # No item of the module: its arrays are the first model's, of which the shared ones count.
         vars(self).update(_skeleton=models[0], _randomness=randomness)
-        self.size, self.in_axes = len(models), in_axes
+        self.size: int = len(models)
+        self.in_axes: Any = in_axes
 
     def _extra_repr(self) -> str:
         return f"{self.size} of {type(vars(self)['_skeleton']).__name__}"

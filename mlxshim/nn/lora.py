@@ -35,10 +35,11 @@ class LoRA(nn.Module):
         outputs, inputs = linear["weight"].shape
         if isinstance(linear, nn.QuantizedLinear):
             inputs = inputs * 32 // linear.bits
-        self.linear, self.scale = linear, scale
+        self.linear: Any = linear
+        self.scale: float = scale
         bound = 1 / math.sqrt(inputs)
-        self.lora_a = mx.random.uniform(-bound, bound, (inputs, rank))
-        self.lora_b = mx.zeros((rank, outputs))
+        self.lora_a: mx.array = mx.random.uniform(-bound, bound, (inputs, rank))
+        self.lora_b: mx.array = mx.zeros((rank, outputs))
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.linear(x)
