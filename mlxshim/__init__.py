@@ -5,6 +5,9 @@ from mlxshim import vmap, grad
 per_sample = vmap(grad(loss), in_axes=(None, 0, 0))
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
 from . import rules as _rules  # noqa: F401  (registers the interceptions)
 from .core.errors import ArgumentError as ArgumentError
 from .core.errors import ConcretizationError as ConcretizationError
@@ -110,3 +113,16 @@ __all__ = [
     "vmap",
     "while_loop",
 ]
+
+if _TYPE_CHECKING:
+    from . import nn as nn
+    from . import testing as testing
+
+
+def __getattr__(name: str) -> _Any:
+    """`mlxshim.nn` and `mlxshim.testing` are imported when they are asked for."""
+    if name in ("nn", "testing"):
+        import importlib
+
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -213,3 +216,12 @@ def test_modules_as_arguments_of_grad():
     got = dict(tree_flatten(grads))
     for name, g in tree_flatten(want):
         close(got[name], g)
+
+
+def test_nn_comes_when_it_is_asked_for():
+    code = (
+        "import sys, mlxshim; before = 'mlx.nn' in sys.modules; mlxshim.nn.ensemble; "
+        "print(before, hasattr(mlxshim, 'no_such_name'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
