@@ -13,7 +13,7 @@ from ..core.errors import NoBatchingRule, PerformanceWarning
 from ..transforms._mapping import Inputs
 from ..transforms.autodiff import value_and_grad
 from ..transforms.vmap import vmap
-from . import _parts, _state, _tape
+from . import _layers, _parts, _state, _tape
 
 Loss = Callable[..., Any]
 
@@ -51,7 +51,7 @@ def _one(parameters: list[mx.array], arrays: list[mx.array], trace: _Trace) -> A
     samples, tape, before = trace.samples, trace.tape, trace.before
     try:
         with (
-            _tape.watched(before.modules),
+            _layers.watched(before.modules),
             _state.substituted(samples.places.unique, parameters),
         ):
             tape.hold(parameters)

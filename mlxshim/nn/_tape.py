@@ -26,11 +26,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..core import native
 from ..core.plans import placeholder
 from ..core.primitive import Arrays, Axes, Node
+from ..rules import _devices
 from ..rules._opaque import copies, opaque_node
 from ..transforms.linear import vjp
 from . import _state
@@ -62,8 +62,14 @@ class Parameter:
         return nodes.lookup(self.copy, self.copy, ids, self.value, self.tape.seed)[0]
 
     def norm(self, x: mx.array, name: str, eps: float) -> mx.array:
-        node = _nodes(self.tape.depth, self.index).norm(name, eps)
-        return node(self.copy, self.copy, x, self.value, self.tape.seed)[0]
+        nodes = _nodes(self.tape.depth, self.index)
+        if _devices.gpu():
+            return nodes.norm(name, eps)(self.copy, self.copy, x, self.value, self.tape.seed)[0]
+        # With no kernel there is nothing to keep whole, and what is normalised is there already.
+        if x.dtype != self.value.dtype:
+            x = x.astype((mx.zeros((), x.dtype) + mx.zeros((), self.value.dtype)).dtype)
+        x = _normalised(x, None, name, eps)
+        return nodes.scaled(self.copy, self.copy, x, self.value, self.tape.seed)[0]
 
     def add(self, gradients: mx.array) -> None:
         self.direct = gradients if self.direct is None else self.direct + gradients
@@ -130,6 +136,12 @@ def _entered(tape: Tape) -> Iterator[None]:
         _tapes.stack.pop()
 
 
+def running() -> Tape | None:
+    """The innermost tape that runs."""
+    stack = _tapes.stack
+    return stack[-1] if stack else None
+
+
 def _recorded(depth: int, index: int) -> Parameter | None:
     """The parameter, unless somebody differentiates what was recorded once more."""
     stack = _tapes.stack
@@ -158,6 +170,14 @@ class _Nodes:
             _lookup_vjp,
             _lookup_jvp,
         )
+        self.scaled = opaque_node(
+            lambda copy, x, weight, seed: [placeholder(x.shape, x.dtype)],
+            functools.partial(self._batch, lambda: (self.scaled, self._scalings)),
+            _scaled_vjp,
+            _scaled_jvp,
+        )
+        self._scalings = Node(lambda x, weight, seed: x * weight)
+        self._scalings.vjp(self._record_scaled)
         self._products = Node(lambda x, weight, seed: mx.matmul(x, mx.swapaxes(weight, 0, 1)))
         self._products.vjp(self._record_product)
         self._lookups = Node(lambda ids, weight, seed: mx.take(weight, ids, axis=0))
@@ -197,12 +217,22 @@ class _Nodes:
         dweight = mx.zeros_like(weight).at[ids].add(cotangent.astype(weight.dtype))
         return [mx.zeros_like(ids), dweight, mx.zeros_like(seed)]
 
+    def _record_scaled(self, primals: Arrays, cotangent: mx.array, _: Any) -> list[mx.array]:
+        x, weight, seed = primals
+        parameter = _recorded(self.depth, self.index)
+        if parameter is not None:
+            terms = cotangent.astype(mx.float32) * x.astype(mx.float32)
+            parameter.add(mx.sum(_rows(terms, 1), axis=1).astype(weight.dtype))
+        dweight = mx.sum(_rows(cotangent * x, 0), axis=0)
+        return [
+            (cotangent * weight).astype(x.dtype),
+            dweight.astype(weight.dtype),
+            mx.zeros_like(seed),
+        ]
+
     @functools.cache  # noqa: B019  (as long-lived as the nodes)
     def norm(self, name: str, eps: float) -> Any:
-        def fused(x: mx.array, weight: mx.array | None) -> mx.array:
-            if name == "rms_norm":
-                return mx.fast.rms_norm(x, weight, eps)
-            return mx.fast.layer_norm(x, weight, None, eps)
+        fused = functools.partial(_normalised, name=name, eps=eps)
 
         def record(primals: Arrays, cotangent: mx.array, _: Any) -> list[mx.array]:
             x, weight, seed = primals
@@ -250,6 +280,12 @@ def _nodes(depth: int, index: int) -> _Nodes:
     return _Nodes(depth, index)
 
 
+def _normalised(x: mx.array, weight: mx.array | None, name: str, eps: float) -> mx.array:
+    if name == "rms_norm":
+        return mx.fast.rms_norm(x, weight, eps)
+    return mx.fast.layer_norm(x, weight, None, eps)
+
+
 def _shape_of_product(x: mx.array, weight: mx.array) -> mx.array:
     if x.dtype == weight.dtype and x.ndim and x.shape[-1] == weight.shape[1]:
         return placeholder((*x.shape[:-1], weight.shape[0]), x.dtype)
@@ -293,86 +329,14 @@ def _lookup_jvp(primals: Arrays, tangents: Arrays) -> list[mx.array]:
     return [mx.take(tangents[0], primals[1], axis=0)]
 
 
-# The layers ------------------------------------------------------------------------------------
+def _scaled_vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> list[mx.array]:
+    copy, x, weight, seed = primals
+    c = cotangents[0]
+    dcopy = mx.sum(_rows(c * x, 0), axis=0).astype(copy.dtype)
+    return [dcopy, (c * copy).astype(x.dtype), mx.zeros_like(weight), mx.zeros_like(seed)]
 
 
-def _linear(tape: Tape, layer: Any, x: mx.array) -> mx.array | None:
-    weight = tape.find(layer.get("weight"))
-    if weight is None:
-        return None
-    y = weight.product(x)
-    return y + layer["bias"] if "bias" in layer else y
-
-
-def _embedding(tape: Tape, layer: Any, ids: Any) -> mx.array | None:
-    weight = tape.find(layer.get("weight"))
-    if weight is None or not isinstance(ids, mx.array) or not mx.issubdtype(ids.dtype, mx.integer):
-        return None
-    return weight.lookup(ids)
-
-
-def _as_linear(tape: Tape, layer: Any, x: mx.array) -> mx.array | None:
-    weight = tape.find(layer.get("weight"))
-    return None if weight is None else weight.product(x)
-
-
-def _rms_norm(tape: Tape, layer: Any, x: mx.array) -> mx.array | None:
-    weight = tape.find(layer.get("weight"))
-    return None if weight is None else weight.norm(x, "rms_norm", layer.eps)
-
-
-def _layer_norm(tape: Tape, layer: Any, x: mx.array) -> mx.array | None:
-    weight = tape.find(layer.get("weight"))
-    if weight is None:
-        return None
-    y = weight.norm(x, "layer_norm", layer.eps)
-    return y + layer["bias"] if "bias" in layer else y
-
-
-_KNOWN: list[tuple[type, str, Callable[[Tape, Any, Any], Any]]] = [
-    (nn.Linear, "__call__", _linear),
-    (nn.Embedding, "__call__", _embedding),
-    (nn.Embedding, "as_linear", _as_linear),
-    (nn.RMSNorm, "__call__", _rms_norm),
-    (nn.LayerNorm, "__call__", _layer_norm),
-]
-
-
-@functools.cache
-def _watched_class(cls: type) -> type | None:
-    """A class whose calls are nodes of the tape that runs; None if nothing of `cls` is known."""
-    methods = {
-        name: _watched(getattr(cls, name), call)
-        for base, name, call in _KNOWN
-        if issubclass(cls, base) and getattr(cls, name) is getattr(base, name)
-    }
-    if not methods:
-        return None
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), {**names, **methods})
-
-
-def _watched(original: Any, call: Callable[[Tape, Any, Any], Any]) -> Any:
-    @functools.wraps(original)
-    def method(self: Any, x: Any) -> Any:
-        stack = _tapes.stack
-        y = call(stack[-1], self, x) if stack else None
-        return original(self, x) if y is None else y
-
-    return method
-
-
-@contextmanager
-def watched(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """The calls of these layers go to the tape that runs."""
-    classes = [(module, type(module), _watched_class(type(module))) for module in modules]
-    changed = [(module, cls, new) for module, cls, new in classes if new is not None]
-    done = 0
-    try:
-        for module, _, new in changed:
-            module.__class__ = new
-            done += 1
-        yield
-    finally:
-        for module, cls, _ in changed[:done]:
-            module.__class__ = cls
+def _scaled_jvp(primals: Arrays, tangents: Arrays) -> list[mx.array]:
+    copy, x, *_ = primals
+    dcopy, dx, *_ = tangents
+    return [dx * copy + x * dcopy]
