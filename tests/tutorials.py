@@ -9,9 +9,8 @@ A block
     ```
 
 is executed in the page's one namespace. The ```` ```text ```` block after it, if there is one, is
-what it printed: compared word by word, numbers within a tolerance. Blocks marked
-```` ```python plot ```` need matplotlib and are left out where it is not installed; others with a
-mark are left out. What a page saves as an SVG lies beside it.
+what it printed: compared word by word, numbers within a tolerance. Blocks with `import matplotlib`
+are left out where it is not installed. What a page saves as an SVG lies beside it.
 """
 
 from __future__ import annotations
@@ -49,9 +48,7 @@ def blocks(page: str) -> list[Block]:
     fences = list(FENCE.finditer(page))
     found = []
     for n, fence in enumerate(fences):
-        if fence[1].strip() not in ("python", "python plot"):
-            continue
-        if fence[1].strip() != "python" and not PLOTS:
+        if fence[1].strip() != "python" or ("import matplotlib" in fence[2] and not PLOTS):
             continue
         after = fences[n + 1] if n + 1 < len(fences) else None
         follows = (
