@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -20,7 +22,13 @@ from nn_models import (
 )
 
 import mlxshim
-from mlxshim.nn import functional_call, per_sample_value_and_grad, value_and_grad
+from mlxshim.nn import (
+    clipped_grad,
+    functional_call,
+    per_sample_norms,
+    per_sample_value_and_grad,
+    value_and_grad,
+)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -125,6 +133,28 @@ def test_called_again_and_again():
         close(got[0], losses)
         close_trees(got[1], grads)
         assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("what", ["value_and_grad", "per sample", "norms", "clipped"])
+def test_nothing_waits_for_the_garbage_collector(what):
+    """Gradients of samples are large: once nobody has them their memory is free."""
+    model, loss, data = mixed_case()
+    fun = {
+        "value_and_grad": value_and_grad(model, loss),
+        "per sample": per_sample_value_and_grad(model, loss),
+        "norms": per_sample_norms(model, loss, per_layer=True),
+        "clipped": clipped_grad(model, loss, 0.5, chunk_size=2),
+    }[what]
+    for _ in range(4):  # what is kept for later calls
+        mx.eval(fun(model, *data))
+    gc.collect()
+    gc.disable()
+    try:
+        before = mx.get_active_memory()
+        mx.eval(fun(model, *data))
+        assert mx.get_active_memory() == before
+    finally:
+        gc.enable()
 
 
 def test_auxiliary_outputs_and_another_model():

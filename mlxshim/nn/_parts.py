@@ -80,7 +80,7 @@ def gradient(parameter: Parameter, samples: slice) -> mx.array:
 
 
 def _part(x: mx.array, samples: slice, parameter: Parameter) -> mx.array:
-    whole = samples.start == 0 and samples.stop == parameter.tape.size
+    whole = samples.start == 0 and samples.stop == parameter.size
     return x if whole else x[samples]
 
 

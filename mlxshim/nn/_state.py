@@ -64,17 +64,18 @@ class Locations:
         as the gradients of `nn.value_and_grad` have.
         """
 
-        def fill(node: Any) -> Any:
-            if isinstance(node, dict):
-                return {key: fill(child) for key, child in node.items()}
-            if isinstance(node, list):
-                return [fill(child) for child in node]
-            if not isinstance(node, Location):
-                return node
-            i = self._index[id(node.owner), node.key]
-            return values[i] if self.unique[i] is node else mx.zeros_like(values[i])
+        return self._fill(self.tree, values)
 
-        return fill(self.tree)
+    def _fill(self, node: Any, values: Sequence[mx.array]) -> Any:
+        # No closure that calls itself: it would keep the values until the next garbage collection.
+        if isinstance(node, dict):
+            return {key: self._fill(child, values) for key, child in node.items()}
+        if isinstance(node, list):
+            return [self._fill(child, values) for child in node]
+        if not isinstance(node, Location):
+            return node
+        i = self._index[id(node.owner), node.key]
+        return values[i] if self.unique[i] is node else mx.zeros_like(values[i])
 
 
 def trainable(model: nn.Module) -> Locations:

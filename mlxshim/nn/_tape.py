@@ -41,11 +41,13 @@ Pair = tuple[mx.array, mx.array]
 class Parameter:
     """One trainable array, and what a run found out about it."""
 
-    def __init__(self, place: _state.Location, index: int, tape: Tape) -> None:
-        self.place, self.index, self.tape = place, index, tape
+    def __init__(self, place: _state.Location, index: int, size: int, depth: int) -> None:
+        self.place, self.index, self.size, self.depth = place, index, size, depth
         self.value = place.get()
-        #: The samples' copy inside the mapped function: what the module holds meanwhile.
+        #: The samples' copy inside the mapped function: what the module holds meanwhile; and an
+        #: array that is differentiated with respect to, so that every node has a derivative.
         self.copy: Any = None
+        self.seed: Any = None
         #: (x, c) of every call as a linear map: (samples, rows, inputs), (samples, rows, outputs).
         self.products: list[Pair] = []
         #: (ids, c) of every lookup: (samples, rows), (samples, rows, width).
@@ -54,22 +56,22 @@ class Parameter:
         self.direct: mx.array | None = None
 
     def product(self, x: mx.array) -> mx.array:
-        nodes = _nodes(self.tape.depth, self.index)
-        return nodes.product(self.copy, self.copy, x, self.value, self.tape.seed)[0]
+        nodes = _nodes(self.depth, self.index)
+        return nodes.product(self.copy, self.copy, x, self.value, self.seed)[0]
 
     def lookup(self, ids: mx.array) -> mx.array:
-        nodes = _nodes(self.tape.depth, self.index)
-        return nodes.lookup(self.copy, self.copy, ids, self.value, self.tape.seed)[0]
+        nodes = _nodes(self.depth, self.index)
+        return nodes.lookup(self.copy, self.copy, ids, self.value, self.seed)[0]
 
     def norm(self, x: mx.array, name: str, eps: float) -> mx.array:
-        nodes = _nodes(self.tape.depth, self.index)
+        nodes = _nodes(self.depth, self.index)
         if _devices.gpu():
-            return nodes.norm(name, eps)(self.copy, self.copy, x, self.value, self.tape.seed)[0]
+            return nodes.norm(name, eps)(self.copy, self.copy, x, self.value, self.seed)[0]
         # With no kernel there is nothing to keep whole, and what is normalised is there already.
         if x.dtype != self.value.dtype:
             x = x.astype((mx.zeros((), x.dtype) + mx.zeros((), self.value.dtype)).dtype)
         x = _normalised(x, None, name, eps)
-        return nodes.scaled(self.copy, self.copy, x, self.value, self.tape.seed)[0]
+        return nodes.scaled(self.copy, self.copy, x, self.value, self.seed)[0]
 
     def add(self, gradients: mx.array) -> None:
         self.direct = gradients if self.direct is None else self.direct + gradients
@@ -80,7 +82,7 @@ class Tape:
 
     def __init__(self, places: Sequence[_state.Location], size: int, depth: int) -> None:
         self.size, self.depth = size, depth
-        self.parameters = [Parameter(place, i, self) for i, place in enumerate(places)]
+        self.parameters = [Parameter(place, i, size, depth) for i, place in enumerate(places)]
         self.seed: Any = None
         self._of_copy: dict[int, Parameter] = {}
 
@@ -88,13 +90,13 @@ class Tape:
         """The mapped function runs with these as the parameters."""
         self._of_copy = {}
         for parameter, x in zip(self.parameters, arrays):
-            parameter.copy = x
+            parameter.copy, parameter.seed = x, self.seed
             self._of_copy[id(x)] = parameter
 
     def release(self) -> None:
         self._of_copy = {}
         for parameter in self.parameters:
-            parameter.copy = None
+            parameter.copy = parameter.seed = None
 
     def find(self, array: Any) -> Parameter | None:
         return self._of_copy.get(id(array))
