@@ -15,6 +15,7 @@ Source: mlx/primitives.cpp, `Gather`, `Scatter`, `MaskedScatter`; python/src/ind
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from types import EllipsisType
 from typing import Any
@@ -27,7 +28,7 @@ from ..core.versions import MLX, MLX_VERSION, SELECT_JVP_BUG, TWO_TANGENTS_BUG
 from ._fronted import fronted
 from ._one_entry import ONE_ENTRY_BUG, plain_steps
 from ._tracers import is_tracer
-from .windows import Window, become, write
+from .windows import Window, become, read, reads_itself, write
 
 # Reading ----------------------------------------------------------------------------------------
 
@@ -37,6 +38,10 @@ def __getitem__(x: mx.array, key: Any) -> mx.array:
     raw = original(mx.array, "__getitem__")
     if ONE_ENTRY_BUG:
         key = plain_steps(x, key)
+        if reads_itself():
+            part = _read_itself(x, key)
+            if part is not None:
+                return part
     kind = type(key)
     if kind is slice or key is None or kind is EllipsisType or "vmap" not in levels.active():
         return raw(x, key)
@@ -45,6 +50,24 @@ def __getitem__(x: mx.array, key: Any) -> mx.array:
     if kind is tuple or kind is int:
         return _read(x, key, raw)
     return fronted(raw(x, _widened(key)))
+
+
+def _read_itself(x: mx.array, key: Any) -> mx.array | None:
+    """`x[key]` by our own node; None where it is no window, or all there is."""
+    found = _window(key, x.shape)
+    if found is None:
+        return None
+    raw, (window, dims) = original(mx.array, "__getitem__"), found
+    if not raw(x, key).size:
+        return raw(mx.stop_gradient(x), key)
+    if all(b == (0, n, 1) for b, n in zip(window, x.shape)):
+        return None
+    part = read(x, window)
+    gone = [i for i, d in enumerate(d for d in dims if d is not None) if d is False]
+    if gone:
+        part = mx.squeeze(part, gone)
+    new = [i for i, d in enumerate(d for d in dims if d is not False) if d is None]
+    return mx.expand_dims(part, new) if new else part
 
 
 def _read(x: mx.array, key: tuple[Any, ...], raw: Any) -> mx.array:
@@ -88,6 +111,12 @@ def _widened(index: Any) -> Any:
 @intercept(mx, "take")
 def take(x: mx.array, indices: Any, axis: int | None = None, *, stream: Any = None) -> mx.array:
     raw = original(mx, "take")
+    if type(indices) is int and reads_itself():
+        if axis is None:
+            x, axis = mx.reshape(x, (-1,)), 0
+        if -x.ndim <= axis < x.ndim:
+            with contextlib.nullcontext() if stream is None else mx.stream(stream):
+                return x[(*(slice(None),) * (axis % x.ndim), indices)]
     if not isinstance(indices, mx.array) or "vmap" not in levels.active():
         return raw(x, indices, axis, stream=stream)
     return fronted(raw(x, _widened(indices), axis, stream=stream))
@@ -106,6 +135,16 @@ def __setitem__(y: mx.array, key: Any, value: Any) -> None:
     raw = original(mx.array, "__setitem__")
     if ONE_ENTRY_BUG:
         key = plain_steps(y, key)
+    apart = _apart(y, key, value) if type(key) is tuple else None
+    if apart is not None:
+        outer, inner, value = apart
+        if outer is None:
+            y[inner] = value
+        else:
+            part = y[outer]
+            part[inner] = value
+            y[outer] = part
+        return None
     if not _concerned():
         return raw(y, key, value)
     mask = _mask(key)
@@ -124,7 +163,7 @@ def __setitem__(y: mx.array, key: Any, value: Any) -> None:
 
 
 class _At:
-    """What `x.at` is under vmap."""
+    """What `x.at` is in a transform."""
 
     __slots__ = ("_array", "_key")
 
@@ -158,6 +197,16 @@ class _At:
         x, key = self._array, self._key
         if ONE_ENTRY_BUG:
             key = plain_steps(x, key)
+        apart = _apart(x, key, value) if type(key) is tuple else None
+        if apart is not None:
+            outer, inner, value = apart
+            if outer is None:
+                return getattr(x.at[inner], op)(value)
+            new = x.__copy__()
+            new[outer] = getattr(x[outer].at[inner], op)(value)
+            return new
+        if not _concerned():
+            return getattr(original(mx.array, "at").fget(x)[key], op)(value)
         new = None if key is None or key is Ellipsis else _updated(x, key, value, op)
         if new is not None:
             return new
@@ -167,7 +216,56 @@ class _At:
 
 @intercept(mx.array, "at")
 def at(x: mx.array) -> Any:
-    return _At(x) if _concerned() else original(mx.array, "at").fget(x)
+    return _At(x) if levels.active() else original(mx.array, "at").fget(x)
+
+
+def _apart(
+    y: mx.array, key: tuple[Any, ...], value: Any
+) -> tuple[tuple[Any, ...] | None, tuple[Any, ...], Any] | None:
+    """The window, what indexes it, and the updates: slices, ints and new axes kept from arrays.
+
+    The vjp of MLX's scatter takes a slice behind an array, whole or not, for one entry, and its
+    updates for as many dimensions as the array: `y[i, 1:] = u` is `p = y[:, 1:]; p[i] = u;
+    y[:, 1:] = p`, and `y[i, :] = u` is `y[i] = u`.
+    """
+    arrays = [k for k in key if isinstance(k, (mx.array, list))]
+    there = sum(k is not None and k is not Ellipsis for k in key)
+    if not arrays or there > y.ndim or sum(k is Ellipsis for k in key) > 1:
+        return None  # nothing to do, or MLX's own message
+    if len(arrays) == len(key) or any(_mask(k) is not None for k in arrays):
+        return None
+    at = next((i for i, k in enumerate(key) if k is Ellipsis), len(key))
+    whole = (slice(None),) * (y.ndim - there)
+    outer: list[Any] = []
+    inner: list[Any] = []
+    for k in (*key[:at], *whole, *key[at + 1 :]):
+        if k is None or isinstance(k, (mx.array, list)):
+            inner.append(k)
+            outer += [slice(None)] * (k is not None)
+        elif isinstance(k, slice):
+            n = y.shape[len(outer)]
+            outer.append(slice(None) if k.indices(n) == (0, n, 1) else k)
+            inner.append(slice(None))
+        elif type(k) is int:
+            outer.append(k)
+        else:
+            return None
+    window = tuple(outer) if any(k != slice(None) for k in outer) else None
+    part = y if window is None else original(mx.array, "__getitem__")(y, window)
+    new_axes = len(arrays) == 1 and any(k is None for k in inner)
+    if new_axes:
+        value = _array(value, y.dtype)
+        indexed = original(mx.array, "__getitem__")(part, tuple(inner))
+        extra = max(value.ndim - indexed.ndim, 0)
+        if any(n != 1 for n in value.shape[:extra]):
+            return None
+        value = mx.broadcast_to(mx.reshape(value, value.shape[extra:]), indexed.shape)
+        inner = [k for k in inner if k is not None]
+        value = mx.reshape(value, original(mx.array, "__getitem__")(part, tuple(inner)).shape)
+    while isinstance(inner[-1], slice):
+        inner.pop()
+    behind = key[-1] is Ellipsis or isinstance(key[-1], slice)
+    return (window, tuple(inner), value) if window or new_axes or behind else None
 
 
 #: A scatter misplaces a mapped axis of the array, of the updates and of the cotangent that is not

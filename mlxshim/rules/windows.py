@@ -45,8 +45,17 @@ def key_of(window: Window) -> tuple[slice, ...]:
 
 
 def read(x: mx.array, window: Window) -> mx.array:
-    """The window of `x`; MLX's own rules for it are right."""
-    return original(mx.array, "__getitem__")(x, key_of(window))
+    """The window of `x`; MLX's own rules for it are right, but for what `reads_itself` says."""
+    if not reads_itself():
+        return original(mx.array, "__getitem__")(x, key_of(window))
+    bound = _read if "vmap" in levels.active() else _read.differentiable
+    return bound(x, window=window)[0]
+
+
+def reads_itself() -> bool:
+    """Whether a window must be read by our node: MLX's pulls back to an update without a jvp."""
+    stack = levels.active()
+    return TWO_TANGENTS_BUG and "grad" in stack and "jvp" in stack
 
 
 def put(y: mx.array, u: mx.array, window: Window) -> mx.array:
@@ -61,7 +70,41 @@ def become(y: mx.array, value: mx.array) -> None:
     original(mx.array, "__setitem__")(y, None, value)
 
 
-# The primitive ----------------------------------------------------------------------------------
+# Reading ----------------------------------------------------------------------------------------
+
+
+def _part(x: mx.array, *, window: Window) -> list[mx.array]:
+    # Of a node that has the derivatives.
+    return [original(mx.array, "__getitem__")(mx.stop_gradient(x), key_of(window))]
+
+
+def _part_batch(
+    size: int, arrays: Arrays, axes: Axes, *, window: Window
+) -> tuple[list[mx.array], list[int]]:
+    axis = axes[0] or 0
+    return [read(arrays[0], (*window[:axis], (0, size, 1), *window[axis:]))], [axis]
+
+
+def _part_vjp(
+    primals: Arrays, cotangents: Arrays, outputs: Arrays, *, window: Window
+) -> list[mx.array]:
+    return [write(mx.zeros_like(primals[0]), cotangents[0], window, "set")]
+
+
+def _part_jvp(primals: Arrays, tangents: Arrays, *, window: Window) -> list[mx.array]:
+    return [read(tangents[0], window)]
+
+
+_read = Primitive(
+    "array.__getitem__",
+    decomposition=_part,
+    lowering=lambda x, *, window: [original(mx.array, "__getitem__")(x, key_of(window))],
+    batch=_part_batch,
+    vjp=_part_vjp,
+    jvp=_part_jvp,
+)
+
+# Writing ----------------------------------------------------------------------------------------
 
 
 def _value(y: mx.array, u: mx.array, *, window: Window, op: str) -> list[mx.array]:
