@@ -33,12 +33,13 @@ def chain() -> list[mx.array] | None:
     return _local.chain
 
 
-def same_draws(fun: Callable[..., R]) -> Callable[..., R]:
+def same_draws(fun: Callable[..., R], start: list[mx.array] | None = None) -> Callable[..., R]:
     """`fun`, whose later calls draw what its first call drew.
 
-    The later calls must run inside a level, where draws are intercepted.
+    The later calls must run inside a level, where draws are intercepted. `start` is where the
+    beginning of the first call's draws is kept: an empty list, for whoever makes several of these.
     """
-    start: list[mx.array] = []
+    start = [] if start is None else start
 
     def run(*args: Any, **kwargs: Any) -> R:
         outer = _local.chain

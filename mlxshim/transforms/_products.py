@@ -41,9 +41,14 @@ class Traced:
         self, fun: Callable[..., Any], primals: Parts, tag: str, has_aux: bool = False
     ) -> None:
         self.fun, self.primals, self.tag, self.has_aux = fun, primals, tag, has_aux
-        self.run: Flat = replay.same_draws(self._run)
+        self._start: list[mx.array] = []
         self.outputs: Any = None
         self.aux: Any = None
+
+    @property
+    def run(self) -> Flat:
+        # Not kept: it would keep this, and all its arrays, until the next garbage collection.
+        return replay.same_draws(self._run, self._start)
 
     def _run(self, *arrays: mx.array) -> list[mx.array]:
         result = self.fun(*self.primals.fill(arrays))
