@@ -31,6 +31,9 @@ from .transforms.collectives import pshuffle as pshuffle
 from .transforms.collectives import psum as psum
 from .transforms.collectives import psum_scatter as psum_scatter
 from .transforms.collectives import pswapaxes as pswapaxes
+from .transforms.custom_jvp import custom_jvp as custom_jvp
+from .transforms.custom_vjp import custom_vjp as custom_vjp
+from .transforms.custom_vmap import custom_vmap as custom_vmap
 from .transforms.flow import cond as cond
 from .transforms.flow import fori_loop as fori_loop
 from .transforms.flow import switch as switch
@@ -46,6 +49,8 @@ from .transforms.linear import linear_transpose as linear_transpose
 from .transforms.linear import linearize as linearize
 from .transforms.linear import vjp as vjp
 from .transforms.patching import patched as patched
+from .transforms.remat import checkpoint as checkpoint
+from .transforms.remat import remat as remat
 from .transforms.scans import associative_scan as associative_scan
 from .transforms.scans import map as map
 from .transforms.scans import scan as scan
@@ -73,7 +78,11 @@ __all__ = [
     "attention_budget",
     "axis_index",
     "axis_size",
+    "checkpoint",
     "cond",
+    "custom_jvp",
+    "custom_vjp",
+    "custom_vmap",
     "eval_shape",
     "fori_loop",
     "grad",
@@ -99,6 +108,7 @@ __all__ = [
     "psum_scatter",
     "pswapaxes",
     "ravel_pytree",
+    "remat",
     "scan",
     "stop_gradient",
     "switch",

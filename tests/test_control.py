@@ -74,8 +74,7 @@ def test_the_backward_pass_recomputes():
 
     x, w = rand(5, 3, 4), rand(4, 4)
     vmap(grad(lambda x, w: mx.checkpoint(counted)(x, w).sum()), in_axes=(0, None))(x, w)
-    forward = len(calls)
-    assert set(calls) == {(3, 4)} and forward >= 3  # shapes, forward, backward
+    assert calls == [(3, 4)] * 2
 
 
 def test_the_peak_memory_is_a_checkpoint_s():
@@ -151,15 +150,17 @@ def test_a_draw_in_what_mlx_calls_again():
 
 
 def test_what_a_checkpoint_captures():
-    """A mapped array that is no argument: no rule can know of it, so the samples are looped."""
     x, w, shared = rand(3, 4), rand(3, 4), rand(4)
 
     def loss(x, w, block):
         return block(lambda x: mx.sin(x * w) * shared)(x).sum()
 
     want = vmap(grad(lambda x, w: loss(x, w, lambda f: f)))(x, w)
-    with pytest.warns(UserWarning, match="not one of its arguments"):
-        same(vmap(grad(lambda x, w: loss(x, w, mx.checkpoint)))(x, w), want)
+    same(vmap(grad(lambda x, w: loss(x, w, mx.checkpoint)))(x, w), want)
+    # Where its backward pass comes after the vmap, a mapped array that is no argument is gone.
+    with pytest.warns(UserWarning, match="neither an argument"):
+        got = grad(lambda x: vmap(lambda x, w: loss(x, w, mx.checkpoint))(x, w).sum())(x)
+    same(got, want)
 
 
 def test_as_mlx_lm_checkpoints_a_layer():

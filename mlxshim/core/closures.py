@@ -10,6 +10,7 @@ arguments. What cannot be copied is remembered, and a change of it is found out.
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from collections.abc import Callable, Sequence
@@ -29,14 +30,18 @@ class Closure:
 
     Raises `NoBatchingRule`, which makes vmap a loop, where the functions are not what they seem:
     one assigns a captured variable, changes a captured container or object, or something has
-    changed one since.
+    changed one since. With `logs`, a function may append to a list that it captured: that is for
+    functions that are to run as often as they are called.
     """
 
-    def __init__(self, functions: Sequence[Callable[..., Any]]) -> None:
+    def __init__(self, functions: Sequence[Any], logs: bool = False) -> None:
         self.arrays: list[mx.array] = []
+        #: Whether something was met that may hold arrays, and was not taken apart.
+        self.hides = False
         self._plans: dict[int, Any] = {}
         self._kept: dict[int, _Kept] = {}
         self._alive: list[Any] = []  # an id is good only as long as its object lives
+        self._logs = logs
         self._functions = [self._planned(f) for f in functions]
 
     def call(self, arrays: Sequence[mx.array], use: Callable[..., Any]) -> Any:
@@ -49,12 +54,13 @@ class Closure:
         finally:
             # What a trace has put there is of no use to anybody.
             for kept in self._kept.values():
-                kept.restore()
+                if kept.changed(self._logs):
+                    kept.restore()
         return result
 
     def _check(self, what: str) -> None:
         for kept in self._kept.values():
-            if kept.changed():
+            if kept.changed(self._logs):
                 raise _refusal(f"a {type(kept.thing).__name__} that a function has captured {what}")
 
     # What to make of a value: itself, or a `_Plan` of a copy.
@@ -74,6 +80,7 @@ class Closure:
             if value.__globals__.get("__name__", "").startswith("mlxshim."):
                 # A transform is not taken apart, only what it transforms remembered.
                 self._planned(getattr(value, "__wrapped__", None))
+                self.hides = True
                 return value
             if not (value.__closure__ or value.__defaults__ or value.__kwdefaults__):
                 return value
@@ -89,6 +96,10 @@ class Closure:
         if type(value) is functools.partial:
             parts = (value.func, value.args, value.keywords)
             return _Call(_partial, [self._planned(part) for part in parts])
+        if getattr(type(value), "holds_functions", False):
+            plan = self._plans[id(value)] = _Object(value)
+            plan.attributes = {name: self._planned(x) for name, x in vars(value).items()}
+            return plan
         below = trees.children(value)
         if below is not None:
             planned = [self._planned(child) for _, child in below]
@@ -98,6 +109,9 @@ class Closure:
                 self._kept[id(value)] = _Kept(value)
         elif hasattr(value, "__dict__") and not isinstance(value, _CONSTANT):
             self._kept[id(value)] = _Kept(value)
+            self.hides = True
+        elif not isinstance(value, _HARMLESS):
+            self.hides = True
         return value
 
     def _cell(self, cell: types.CellType) -> Any:
@@ -107,7 +121,11 @@ class Closure:
             return _EMPTY
 
 
-_CONSTANT = (type, types.ModuleType, types.BuiltinFunctionType, types.FunctionType)
+_CONSTANT = (type, types.ModuleType, types.BuiltinFunctionType, types.FunctionType, type(mx.sin))
+_HARMLESS = (
+    *_CONSTANT,
+    *(type(None), bool, int, float, complex, str, bytes, mx.Dtype, slice, range, type(...)),
+)
 _EMPTY = object()
 
 
@@ -130,8 +148,10 @@ class _Kept:
         children = trees.children(self.thing)
         return list(vars(self.thing).items()) if children is None else children
 
-    def changed(self) -> bool:
+    def changed(self, logs: bool = False) -> bool:
         now = self._now()
+        if logs and isinstance(self.thing, list):
+            del now[len(self.before) :]
         return len(now) != len(self.before) or any(
             k1 != k2 or v1 is not v2 for (k1, v1), (k2, v2) in zip(now, self.before)
         )
@@ -172,6 +192,14 @@ class _Call(_Plan):
         self.maker, self.parts = maker, parts
 
 
+class _Object(_Plan):
+    """One of ours, whose attributes are a user's functions; its class has `holds_functions`."""
+
+    def __init__(self, like: Any) -> None:
+        self.like = like
+        self.attributes: dict[str, Any] = {}
+
+
 class _Container(_Plan):
     def __init__(self, like: Any, children: list[Any]) -> None:
         self.like, self.children = like, children
@@ -196,6 +224,10 @@ class _Made:
             return self._done[id(plan)]
         if isinstance(plan, _Function):
             return self._function(plan)
+        if isinstance(plan, _Object):
+            made = self._done[id(plan)] = copy.copy(plan.like)
+            vars(made).update({name: self.of(x) for name, x in plan.attributes.items()})
+            return made
         if isinstance(plan, _Call):
             made = plan.maker(*(self.of(part) for part in plan.parts))
         else:

@@ -150,6 +150,18 @@ def as_in_rule() -> Iterator[None]:
         local.vmaps += vmaps
 
 
+@contextlib.contextmanager
+def one_derivative_less() -> Iterator[None]:
+    """Within it the innermost derivative is none: what runs is seen by those around it alone."""
+    stack = _levels.stack
+    at = next(i for i in reversed(range(len(stack))) if stack[i] != "vmap")
+    kind = stack.pop(at)
+    try:
+        yield
+    finally:
+        stack.insert(at, kind)
+
+
 def at_level(kind: Kind, fun: Callable[..., R]) -> Callable[..., R]:
     """`fun`, run one level of `kind` deeper; the level is popped on every way out."""
     fun = _standing_in(fun)

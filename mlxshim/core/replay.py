@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from . import levels
+
 R = TypeVar("R")
 
 
@@ -43,6 +45,8 @@ def same_draws(fun: Callable[..., R], start: list[mx.array] | None = None) -> Ca
 
     def run(*args: Any, **kwargs: Any) -> R:
         outer = _local.chain
+        if levels.is_abstract():
+            return fun(*args, **kwargs)  # nothing is drawn
         if not start:
             start.append(outer[0] if outer is not None else mx.random.state[0])  # pyright: ignore
             return fun(*args, **kwargs)

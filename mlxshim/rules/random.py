@@ -186,12 +186,12 @@ def _key_for_each(name: str, vmaps: list[levels.VmapLevel]) -> mx.array:
 def _next_key() -> mx.array:
     """The key that the next draw of MLX's would use, and the global state moved on past it."""
     chain = replay.chain()
-    if chain is not None:
-        chain[0], key = mx.random.split(chain[0])
-        return key
-    state: mx.array = mx.random.state[0]  # pyright: ignore
+    state: mx.array = mx.random.state[0] if chain is None else chain[0]  # pyright: ignore
     if levels.is_abstract():
         return state  # nothing is drawn
+    if chain is not None:
+        chain[0], key = mx.random.split(state)
+        return key
     original(mx.random, "permutation")(1)  # the cheapest draw: only a draw moves the state
     return mx.random.split(state)[1]
 

@@ -33,12 +33,12 @@ def as_arrays(tree: Any) -> Any:
     return trees.map_leaves(lambda x: mx.array(x) if is_number(x) else x, tree)
 
 
-def flatten(tree: Any) -> tuple[list[mx.array], Any]:
-    """The arrays of a tree, numbers among them, and the tree of slots they came from."""
+def flatten(tree: Any, numbers: bool = True) -> tuple[list[mx.array], Any]:
+    """The arrays of a tree, `numbers` among them, and the tree of slots they came from."""
     arrays: list[mx.array] = []
 
     def take(leaf: Any) -> Any:
-        if is_number(leaf):
+        if numbers and is_number(leaf):
             leaf = mx.array(leaf)
         if not isinstance(leaf, mx.array):
             return leaf

@@ -16,18 +16,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from ..core import levels, native
+from ..core.custom import Flat, innermost, mapped, replaced
 from ..core.errors import ConcretizationError, NoBatchingRule
 from ..core.opaque import copies, opaque_node
 from ..core.primitive import Arrays, Axes, Node
-
-Flat = Callable[..., list[mx.array]]
-
 
 # Values, masks ---------------------------------------------------------------------------------
 
@@ -239,7 +237,7 @@ class Pulled(Deferred):
         kept = [i for i, x in enumerate(cotangents) if mx.issubdtype(x.dtype, mx.inexact)]
 
         def smooth(*inexact: mx.array) -> list[mx.array]:
-            outputs = self.function(*_replaced(primals, at, inexact))
+            outputs = self.function(*replaced(primals, at, inexact))
             return [outputs[i] for i in kept]
 
         zeros = [mx.zeros_like(x) for x in primals]
@@ -247,7 +245,7 @@ class Pulled(Deferred):
             return zeros
         body = levels.at_level("grad", smooth)
         pulled = native.vjp(body, [primals[i] for i in at], [cotangents[i] for i in kept])[1]
-        return _replaced(zeros, at, pulled)
+        return replaced(zeros, at, pulled)
 
     def like(self, *arrays: mx.array) -> Sequence[mx.array]:
         return arrays[: self.count]
@@ -267,7 +265,7 @@ class Pushed(Deferred):
         at = [i for i, x in enumerate(primals) if mx.issubdtype(x.dtype, mx.inexact)]
 
         def smooth(*inexact: mx.array) -> list[mx.array]:
-            return self.function(*_replaced(primals, at, inexact))
+            return self.function(*replaced(primals, at, inexact))
 
         if not at:
             return [mx.zeros_like(x) for x in self.like(*arrays)]
@@ -288,32 +286,9 @@ class Pushed(Deferred):
 # Helpers ---------------------------------------------------------------------------------------
 
 
-def innermost() -> levels.VmapLevel | None:
-    """The vmap that is being traced, if one is."""
-    vmaps = levels.vmaps()
-    return vmaps[-1] if vmaps and vmaps[-1].mapped is not None else None
-
-
-def mapped(
-    level: levels.VmapLevel, fun: Flat, axes: tuple[int | None, ...], arrays: Arrays
-) -> list[mx.array]:
-    """`fun` over the samples of `level`; outputs are mapped over axis 0."""
-    first = next(i for i, a in enumerate(axes) if a is not None)
-    body = levels.at_vmap(level, fun)
-    in_axes: Any = axes if len(axes) > 1 else axes[first]
-    return list(native.vmap(lambda *xs: body(xs[first], *xs), in_axes)(*arrays))
-
-
 def settle(*arrays: mx.array) -> None:
     """Evaluate what can be: the memory of a loop is that of one round."""
     if not levels.active():
         # In mx.compile nothing can be, and nothing is lost.
         with contextlib.suppress(ValueError):
             mx.eval(*arrays)
-
-
-def _replaced(arrays: Arrays, at: Sequence[int], by: Arrays) -> list[mx.array]:
-    full = list(arrays)
-    for i, x in zip(at, by):
-        full[i] = x
-    return full

@@ -1,0 +1,180 @@
+"""One call of a function with rules of its own: its arguments, and what its functions captured."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ..core import custom, levels, trees
+from ..core.closures import Closure
+from ..core.errors import ArgumentError, NoBatchingRule
+from ..core.primitive import Arrays
+from ._flat import Slot, unflatten
+from ._structure import is_module
+
+
+def positional(kind: str, fun: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """The arguments by position, with defaults, as `jax.custom_vjp` resolves them."""
+    try:
+        signature = inspect.signature(fun)
+    except (TypeError, ValueError):
+        if kwargs:
+            raise ArgumentError(
+                f"[{kind}] {name_of(fun)} has no signature: pass its arguments by position."
+            ) from None
+        return args
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as e:
+        raise ArgumentError(f"[{kind}] The arguments do not fit {name_of(fun)}: {e}.") from None
+    bound.apply_defaults()
+    if bound.kwargs:
+        raise ArgumentError(
+            f"[{kind}] {name_of(fun)} has arguments that go by keyword only, {list(bound.kwargs)}: "
+            "a function with rules of its own has them all by position."
+        )
+    return bound.args
+
+
+def numbers(
+    kind: str, fun: Callable[..., Any], argnums: Any, argnames: Any = ()
+) -> tuple[int, ...]:
+    """nondiff_argnums and nondiff_argnames as numbers."""
+    several = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    if not all(type(n) is int for n in several):
+        raise ArgumentError(f"[{kind}] nondiff_argnums must be ints, found {argnums!r}.")
+    names = (argnames,) if isinstance(argnames, str) else tuple(argnames)
+    if names:
+        known = list(inspect.signature(fun).parameters)
+        for name in names:
+            if name not in known:
+                raise ArgumentError(
+                    f"[{kind}] nondiff_argnames has {name!r}, but {name_of(fun)} has {known}."
+                )
+        several += tuple(known.index(name) for name in names)
+    return several
+
+
+def name_of(fun: Any) -> str:
+    return getattr(fun, "__name__", None) or type(fun).__name__
+
+
+class Arguments:
+    """The positional arguments of a call: arrays, and what goes along as it is.
+
+    Those with a number in `static` go along whole, and have no derivative.
+    """
+
+    def __init__(
+        self, kind: str, fun: Callable[..., Any], args: tuple[Any, ...], static: Iterable[int]
+    ) -> None:
+        self.kind, self.fun = kind, fun
+        several = list(static)
+        for n in several:
+            if not -len(args) <= n < len(args):
+                raise ArgumentError(
+                    f"[{kind}] nondiff_argnums has {n}, but {name_of(fun)} is called with "
+                    f"{len(args)} arguments."
+                )
+        self.places = sorted({n % len(args) for n in several})
+        self.static = [args[n] for n in self.places]
+        self.dynamic = [n for n in range(len(args)) if n not in self.places]
+        self.arrays: list[mx.array] = []
+        #: The trees of the other arguments, with slots for arrays.
+        self.slots = [self._walk(args[n], n, False) for n in self.dynamic]
+
+    def _walk(self, node: Any, number: int, module: bool) -> Any:
+        below = None if isinstance(node, mx.array) else trees.children(node)
+        if below is not None:
+            module = module or is_module(node)
+            return trees.rebuild(node, [self._walk(x, number, module) for _, x in below])
+        if type(node).__module__ == "numpy" and hasattr(node, "dtype"):
+            node = mx.array(node)
+        if isinstance(node, mx.array):
+            self.arrays.append(node)
+            return Slot(len(self.arrays) - 1)
+        if node is not None and not module and not isinstance(node, (bool, int, float, complex)):
+            raise ArgumentError(
+                f"[{self.kind}] Argument {number} of {name_of(self.fun)} is or holds {node!r} of "
+                f"type {type(node).__name__}, which is no array or number: name the argument in "
+                "nondiff_argnums."
+            )
+        return node
+
+    def differentiable(self, arrays: Arrays) -> list[Any]:
+        """The arguments that are not static, around other arrays."""
+        return [unflatten(slots, arrays) for slots in self.slots]
+
+    def all(self, arrays: Arrays, static: Sequence[Any]) -> list[Any]:
+        found = dict(zip(self.places, static))
+        found.update(zip(self.dynamic, self.differentiable(arrays)))
+        return [found[n] for n in range(len(found))]
+
+
+class Captured:
+    """Functions, and the arrays that they captured, which a rule must be given anew under vmap.
+
+    `arrays` has those; `call(arrays, use)` is `use(*functions)` around others.
+    """
+
+    def __init__(self, functions: Sequence[Any]) -> None:
+        self.functions = functions
+        self.arrays: list[mx.array] = []
+        self._closure: Closure | None = None
+        if custom.innermost() is not None and not all(map(captures_nothing, functions)):
+            self._closure = Closure(functions, logs=True)
+            self.arrays = self._closure.arrays
+
+    @property
+    def hides(self) -> bool:
+        """Whether the functions may use arrays that are not in `arrays`."""
+        return self._closure is not None and self._closure.hides
+
+    def call(self, arrays: Arrays, use: Callable[..., Any]) -> Any:
+        if self._closure is None:
+            return use(*self.functions)
+        return self._closure.call(arrays, use)
+
+
+def captures_nothing(fun: Any) -> bool:
+    return getattr(fun, "__closure__", fun) is None and not (fun.__defaults__ or fun.__kwdefaults__)
+
+
+class Levels:
+    """What levels are active as a call begins."""
+
+    def __init__(self) -> None:
+        stack = levels.active()
+        self.vmap = custom.innermost()
+        self.differentiated = any(kind != "vmap" for kind in stack)
+        #: Whether a derivative will be taken of what a vmap returns, by rules that it maps.
+        self.outside = (
+            self.vmap is not None
+            and not levels.is_abstract()
+            and custom.differentiated_from_outside()
+        )
+
+    def watched(
+        self, captured: Captured, everything: custom.Flat, arrays: Arrays
+    ) -> list[mx.array]:
+        if self.vmap is None or not self.outside or not captured.hides:
+            return []
+        return custom.hidden(self.vmap, everything, arrays)
+
+
+def no_functions_in(tree: Any, what: str) -> None:
+    """Refuse, so that vmap loops, what a rule would find in it: functions of a dead trace."""
+    for _, leaf in trees.leaves(tree):
+        if callable(leaf) and not isinstance(leaf, type):
+            raise NoBatchingRule(f"{what} a function, whose arrays no batching rule can find")
+
+
+def captured_derivative(kind: str, name: str) -> Exception:
+    return ArgumentError(
+        f"[{kind}] {name} is differentiated with respect to an array that it uses and that is no "
+        "argument of it (captured, or in nondiff_argnums), of which its rule knows nothing: pass "
+        "the array as an argument, or mx.stop_gradient(it)."
+    )
