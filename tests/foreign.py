@@ -224,7 +224,10 @@ def main(arguments: list[str]) -> int:
     failing: list[str] = []
     for name in options.files:
         file = (folder / name).resolve()
-        found[name] = {mode: run_file(mode, file, options.limit) for mode in MODES}
+        found[name] = {}
+        for mode in MODES:
+            print(f"{name}, {mode} ...", file=sys.stderr, flush=True)
+            found[name][mode] = run_file(mode, file, options.limit)
         failing += worse(found[name])
     print(table(found))
     lifted = [test for test in LIFTED if any(test in modes["patched"] for modes in found.values())]
