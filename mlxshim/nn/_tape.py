@@ -153,6 +153,10 @@ def _recorded(depth: int, index: int) -> Parameter | None:
 # The nodes -------------------------------------------------------------------------------------
 #
 # Of each parameter, for all runs: building them costs more than calling them.
+#
+# While a tape records, only the gradient of what a layer was given goes anywhere: nobody asks for
+# the seed's and the parameter's, and anything of their shape stands in for them. They are there in
+# full for whoever differentiates once more what was recorded, which finds no tape.
 
 
 class _Nodes:
@@ -199,16 +203,13 @@ class _Nodes:
     def _record_product(self, primals: Arrays, cotangent: mx.array, _: Any) -> list[mx.array]:
         x, weight, seed = primals
         parameter = _recorded(self.depth, self.index)
+        dx = mx.matmul(cotangent, weight).astype(x.dtype)
         if parameter is not None:
             parameter.products.append((_rows(x, 1), _rows(cotangent, 1)))
-        dtype = cotangent.dtype
-        rows, flat = _rows(x, 0).astype(dtype), _rows(cotangent, 0)
-        # The gradient of the weight is for whoever differentiates this once more.
-        return [
-            mx.matmul(cotangent, weight).astype(x.dtype),
-            mx.matmul(mx.swapaxes(flat, 0, 1), rows).astype(weight.dtype),
-            mx.zeros_like(seed),
-        ]
+            return [dx, weight, seed]
+        rows, flat = _rows(x, 0).astype(cotangent.dtype), _rows(cotangent, 0)
+        dweight = mx.matmul(mx.swapaxes(flat, 0, 1), rows).astype(weight.dtype)
+        return [dx, dweight, mx.zeros_like(seed)]
 
     def _record_lookup(self, primals: Arrays, cotangent: mx.array, _: Any) -> list[mx.array]:
         ids, weight, seed = primals
@@ -216,21 +217,20 @@ class _Nodes:
         if parameter is not None:
             rows = mx.reshape(ids, (ids.shape[0], -1))
             parameter.lookups.append((rows, _rows(cotangent, 1)))
+            return [ids, weight, seed]
         dweight = mx.zeros_like(weight).at[ids].add(cotangent.astype(weight.dtype))
         return [mx.zeros_like(ids), dweight, mx.zeros_like(seed)]
 
     def _record_scaled(self, primals: Arrays, cotangent: mx.array, _: Any) -> list[mx.array]:
         x, weight, seed = primals
         parameter = _recorded(self.depth, self.index)
+        dx = (cotangent * weight).astype(x.dtype)
         if parameter is not None:
             terms = cotangent.astype(mx.float32) * x.astype(mx.float32)
             parameter.add(mx.sum(_rows(terms, 1), axis=1).astype(weight.dtype))
-        dweight = mx.sum(_rows(cotangent * x, 0), axis=0)
-        return [
-            (cotangent * weight).astype(x.dtype),
-            dweight.astype(weight.dtype),
-            mx.zeros_like(seed),
-        ]
+            return [dx, weight, seed]
+        dweight = mx.sum(_rows(cotangent * x, 0), axis=0).astype(weight.dtype)
+        return [dx, dweight, mx.zeros_like(seed)]
 
     @functools.cache  # noqa: B019  (as long-lived as the nodes)
     def norm(self, name: str, eps: float) -> Any:
@@ -242,6 +242,8 @@ class _Nodes:
             if parameter is not None:
                 terms = cotangent.astype(mx.float32) * fused(x, None).astype(mx.float32)
                 parameter.add(mx.sum(_rows(terms, 1), axis=1).astype(weight.dtype))
+                dx = native.vjp(lambda x: fused(x, weight), [x], [cotangent])[1]
+                return [*dx, weight, seed]
             return [*native.vjp(fused, [x, weight], [cotangent])[1], mx.zeros_like(seed)]
 
         def vjp_of_copy(primals: Arrays, cotangents: Arrays, _: Any) -> list[mx.array]:
@@ -270,6 +272,7 @@ class _Nodes:
             parameter = _recorded(self.depth, self.index)
             if parameter is not None:
                 parameter.add(cotangent)
+                return list(primals)
             return [mx.sum(cotangent, axis=0), mx.zeros_like(primals[1])]
 
         node: Any = Node(lambda weight, seed: copies(weight, size))
