@@ -66,6 +66,28 @@ def main(backend):
     print(json.dumps({"rank": rank, "case": "half", "dtypes": sorted(dtypes)}), flush=True)
     model.set_dtype(mx.float32)
 
+    # What not every backend sends by itself. The second rank has one sample, the first two.
+    whole = {
+        "bool": mx.array([True, False, True]),
+        "int16": mx.array([-3, 2, 30000], mx.int16),
+        "complex": mx.array([1 + 2j, 3j, -1.0]),
+        "scalars": mx.array([1, 2, 3], mx.int64),
+    }
+    part = slice(0, 2) if rank == 0 else slice(2, 3)
+    own = {name: x[part] for name, x in whole.items()}
+    sums = {"complex": mx.array([1 + 1j, 2j]), "half": mx.array(0.5, mx.float16)}
+    got = across_ranks(lambda: (own, sums), ("samples", "sum"), group)()
+    joined = all(
+        x.dtype == whole[name].dtype and mx.array_equal(x, whole[name]).item()
+        for name, x in got[0].items()
+    )
+    added = all(
+        x.dtype == sums[name].dtype and mx.array_equal(x, size * sums[name]).item()
+        for name, x in got[1].items()
+    )
+    row = {"rank": rank, "case": "dtypes", "joined": joined, "added": added}
+    print(json.dumps(row), flush=True)
+
     # A step that fails on the last rank ends with an error on every one; the next one works.
     def fails(model, x, y):
         if rank == size - 1:

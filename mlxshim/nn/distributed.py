@@ -21,6 +21,9 @@ MESSAGE = 8 * 2**20
 
 _HALF = (mx.float16, mx.bfloat16)
 
+#: What not every backend sends (NCCL has no such types), as what it travels.
+_CARRIERS = {mx.bool_: mx.uint8, mx.int16: mx.int32, mx.uint16: mx.int32}
+
 
 class RankFailed(RuntimeError):
     """Another rank's step ended with an error, and so does this one's.
@@ -162,6 +165,11 @@ def _concatenate(x: mx.array, counts: list[int], ranks: Any) -> mx.array:
     longest = max(counts)
     if not longest:
         return x
+    if x.dtype == mx.complex64:
+        real, imaginary = (_concatenate(part, counts, ranks) for part in (mx.real(x), mx.imag(x)))
+        return _complex(real, imaginary)
+    if x.dtype in _CARRIERS:
+        return _concatenate(x.astype(_CARRIERS[x.dtype]), counts, ranks).astype(x.dtype)
     if len(x) < longest:
         x = mx.concatenate([x, mx.zeros((longest - len(x), *x.shape[1:]), x.dtype)])
     every = mx.distributed.all_gather(mx.contiguous(x), group=ranks)
@@ -183,6 +191,11 @@ def _sum(tree: Any, ranks: Any) -> Any:
 
 
 def _sum_of(arrays: list[mx.array], ranks: Any) -> list[mx.array]:
+    halves = [(mx.real(x), mx.imag(x)) if x.dtype == mx.complex64 else (x,) for x in arrays]
+    if any(len(parts) > 1 for parts in halves):
+        found = iter(_sum_of([part for parts in halves for part in parts], ranks))
+        several = [[next(found) for _ in parts] for parts in halves]
+        return [_complex(*parts) if len(parts) > 1 else parts[0] for parts in several]
     sums: dict[int, mx.array] = {}
     for group in _messages(arrays):
         message = mx.concatenate([mx.reshape(_precise(arrays[i]), (-1,)) for i in group], axis=0)
@@ -194,6 +207,10 @@ def _sum_of(arrays: list[mx.array], ranks: Any) -> list[mx.array]:
             sums[i] = mx.reshape(part, x.shape).astype(x.dtype)
             start += x.size
     return [sums[i] for i in range(len(arrays))]
+
+
+def _complex(real: mx.array, imaginary: mx.array) -> mx.array:
+    return mx.squeeze(mx.view(mx.stack([real, imaginary], axis=-1), mx.complex64), -1)
 
 
 def _messages(arrays: list[mx.array]) -> list[list[int]]:
@@ -212,4 +229,4 @@ def _messages(arrays: list[mx.array]) -> list[list[int]]:
 
 
 def _precise(x: mx.array) -> mx.array:
-    return x.astype(mx.float32) if x.dtype in _HALF else x
+    return x.astype(mx.float32 if x.dtype in _HALF else _CARRIERS.get(x.dtype, x.dtype))
