@@ -40,8 +40,8 @@ from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from . import _convolution_calls as calls
 from ._convolution_calls import Form
+from ._folding import on_stream
 from ._tracers import is_tracer
-from .quantized import on_stream
 
 Ints = Any  # an int, or one for each spatial dimension
 

@@ -27,9 +27,9 @@ from ..core import levels, native
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ._constants import constant
+from ._folding import broadcast_shape, front, on_stream, pad_dims, sample_ndim
 from ._mlx_0_31 import matmul
 from ._tracers import is_tracer
-from .quantized import broadcast_shape, front, on_stream, pad_dims, sample_ndim
 
 # addmm -----------------------------------------------------------------------------------------
 
