@@ -73,7 +73,7 @@ class Operation:
         axis, or lists of them.
         """
 
-        def batch(size: int, arrays: Any, axes: Any, **static: Any) -> Any:
+        def batch(size: int, arrays: Any, axes: Any, /, **static: Any) -> Any:
             outputs, out_axes = rule(size, arrays, axes, **static)
             if isinstance(outputs, mx.array):
                 return [outputs], [out_axes]
@@ -90,7 +90,7 @@ class Operation:
         """
         self._elementwise = True
 
-        def batch(size: int, arrays: Any, axes: Any, **static: Any) -> Any:
+        def batch(size: int, arrays: Any, axes: Any, /, **static: Any) -> Any:
             fronts = (x if a is None else mx.moveaxis(x, a, 0) for x, a in zip(arrays, axes))
             out = self(*fronts, **static)
             outputs = out if self._several else [out]
@@ -104,7 +104,7 @@ class Operation:
         What it calls must be MLX operations or primitives: it is itself mapped under vmap(grad).
         """
 
-        def vjp(primals: Any, cotangents: Any, outputs: Any, **static: Any) -> list[mx.array]:
+        def vjp(primals: Any, cotangents: Any, outputs: Any, /, **static: Any) -> list[mx.array]:
             found = rule(primals, cotangents, outputs, **static)
             return [found] if isinstance(found, mx.array) else list(found)
 
@@ -120,7 +120,7 @@ class Operation:
         return listed
 
     def _batch_decomposition(
-        self, size: int, arrays: Sequence[mx.array], axes: Sequence[Any], **static: Any
+        self, size: int, arrays: Sequence[mx.array], axes: Sequence[Any], /, **static: Any
     ) -> tuple[list[mx.array], list[int]]:
         listed = functools.partial(self._primitive.decomposition, **static)
         # MLX takes a tuple of axes only for several arguments.

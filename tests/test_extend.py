@@ -73,6 +73,30 @@ def test_rules_given_after_a_call_count():
     assert calls == [(0, None)]
 
 
+def test_static_values_may_have_any_name():
+    names = ("size", "arrays", "axes", "primals", "cotangents", "outputs", "value", "batch", "key")
+    static = dict(zip(names, (0.5 * (n + 1) for n in range(len(names)))))
+
+    @mlxshim.primitive
+    def op(x, **static):
+        return x * x * sum(static.values())
+
+    def applied(x):
+        return op(x, **static).sum()
+
+    xs = mx.random.normal((3, 4))
+    for rules in (lambda: None, op.def_elementwise, lambda: op.def_vjp(double)):
+        rules()
+        for _ in range(3):  # the second trace goes by what the first has noted
+            got = mlxshim.vmap(mlxshim.grad(applied))(xs)
+            assert mx.allclose(got, 2 * xs * sum(static.values()))
+        check(lambda x: op(x, **static), X)
+
+
+def double(primals, cotangents, outputs, /, **static):
+    return 2 * primals[0] * sum(static.values()) * cotangents[0]
+
+
 def test_several_outputs_and_a_rule_that_folds():
     @mlxshim.primitive
     def both(x):

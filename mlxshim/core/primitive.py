@@ -116,12 +116,14 @@ class Primitive:
     def _build_node(
         self,
         batched: bool,
-        *,
-        value: Callable[..., list[mx.array]] | None = None,
-        batch: Callable[..., tuple[list[mx.array], list[int]]] | None = None,
+        /,
+        value_: Callable[..., list[mx.array]] | None = None,
+        batch_: Callable[..., tuple[list[mx.array], list[int]]] | None = None,
         **static: Any,
     ) -> Callable[..., Any]:
-        fun = value or functools.partial(self.decomposition if batched else self.lowering, **static)
+        fun = value_ or functools.partial(
+            self.decomposition if batched else self.lowering, **static
+        )
 
         def vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> list[mx.array]:
             return self.vjp(_tuple(primals), _tuple(cotangents), _tuple(outputs), **static)
@@ -132,7 +134,7 @@ class Primitive:
         def vmap(arrays: Arrays, axes: Axes) -> tuple[list[mx.array], list[int]]:
             arrays, axes = _tuple(arrays), _tuple(axes)
             size = next(x.shape[a] for x, a in zip(arrays, axes) if a is not None)
-            return (batch or self.batch)(size, arrays, axes, **static)
+            return (batch_ or self.batch)(size, arrays, axes, **static)
 
         return _node(fun, vjp, jvp, vmap)
 
@@ -146,13 +148,13 @@ class Primitive:
             outputs[:] = self.decomposition(*xs, **static)
             return outputs
 
-        def batched(size: int, xs: Arrays, axes: Axes, **static: Any) -> Any:
+        def batched(size: int, xs: Arrays, axes: Axes, /, **static: Any) -> Any:
             shapes = [(x.shape, x.dtype) for x in outputs]
             node = self._placed(plan, number, shapes, static)
             plan.noted[number] = Noted(form, arrays, node)
             return self.batch(size, xs, axes, **static)
 
-        return self._build_node(True, value=value, batch=batched, **static)
+        return self._build_node(True, value_=value, batch_=batched, **static)
 
     def _placed(
         self,
@@ -186,7 +188,7 @@ class Primitive:
         return _node(value, vjp, jvp, vmap)
 
     def _vjp_of_decomposition(
-        self, primals: Arrays, cotangents: Arrays, outputs: Arrays, **static: Any
+        self, primals: Arrays, cotangents: Arrays, outputs: Arrays, /, **static: Any
     ) -> list[mx.array]:
         def fun(*xs: mx.array) -> list[mx.array]:
             return self.decomposition(*xs, **static)
@@ -194,7 +196,7 @@ class Primitive:
         return native.vjp(fun, list(primals), list(cotangents))[1]
 
     def _jvp_of_decomposition(
-        self, primals: Arrays, tangents: Sequence[mx.array | None], **static: Any
+        self, primals: Arrays, tangents: Sequence[mx.array | None], /, **static: Any
     ) -> list[mx.array]:
         active = [i for i, t in enumerate(tangents) if t is not None]
 
