@@ -50,7 +50,7 @@ class VmapLevel:
 class _Here:
     """The levels of one thread. (An attribute of a `threading.local` takes 5 times as long.)"""
 
-    __slots__ = ("abstract", "calls", "running", "stack", "vmaps")
+    __slots__ = ("abstract", "calls", "running", "stack", "unmarked", "vmaps")
 
     def __init__(self) -> None:
         self.stack: list[Kind] = []
@@ -61,6 +61,8 @@ class _Here:
         self.running = 0
         #: Whether only shapes and dependencies are asked for.
         self.abstract = False
+        #: Whether tracers of the active levels may have lost their mark (`unmarked`).
+        self.unmarked = False
 
 
 class _Levels(threading.local):
@@ -114,6 +116,8 @@ def back_to(place: tuple[int, int, int, int]) -> None:
     stack, vmaps, calls, running = place
     if len(local.stack) != stack or len(local.vmaps) != vmaps or len(local.calls) != calls:
         del local.stack[stack:], local.vmaps[vmaps:], local.calls[calls:]
+    if not stack:
+        local.unmarked = False
     if local.running != running:
         if not running:
             compilation.switch_back()
@@ -162,6 +166,21 @@ def one_derivative_less() -> Iterator[None]:
         stack.insert(at, kind)
 
 
+def unmarked() -> bool:
+    """Whether a tracer of an active level may look like an array that nothing traces.
+
+    A derivative takes the mark from all that its function has to do with, a tracer of a level
+    around it that the function captured included (mlx/transforms.cpp, `vjp` and `jvp`).
+    """
+    return _levels.here.unmarked
+
+
+def unmark() -> None:
+    """Said when MLX has differentiated a function of ours, or is about to."""
+    here = _levels.here
+    here.unmarked = bool(here.stack)
+
+
 def at_level(kind: Kind, fun: Callable[..., R]) -> Callable[..., R]:
     """`fun`, run one level of `kind` deeper; the level is popped on every way out."""
     fun = _standing_in(fun)
@@ -174,6 +193,7 @@ def at_level(kind: Kind, fun: Callable[..., R]) -> Callable[..., R]:
             return fun(*args, **kwargs)
         finally:
             stack.pop()
+            _levels.here.unmarked = bool(stack)
 
     return traced
 
@@ -221,6 +241,8 @@ def mapping(mapped: Callable[..., R]) -> Callable[..., R]:
         finally:
             local.calls.pop()
             del local.stack[depth:], local.vmaps[vmaps:]
+            if not depth:
+                local.unmarked = False
 
     return call
 

@@ -122,6 +122,16 @@ def take(x: mx.array, indices: Any, axis: int | None = None, *, stream: Any = No
     return fronted(raw(x, _widened(indices), axis, stream=stream))
 
 
+@intercept(mx, "take_along_axis")
+def take_along_axis(
+    a: mx.array, /, indices: mx.array, axis: int | None = -1, *, stream: Any = None
+) -> mx.array:
+    if "vmap" in levels.active() and indices.size == 0:
+        # Its cotangent would have no mapped axis: mlx/ops.cpp, `scatter_add_axis`.
+        a = mx.zeros(a.shape, a.dtype)
+    return original(mx, "take_along_axis")(a, indices, axis, stream=stream)
+
+
 # Writing ----------------------------------------------------------------------------------------
 
 

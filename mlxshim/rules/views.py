@@ -97,7 +97,8 @@ def _gathered(x: mx.array, *, shape: Any, strides: Any, offset: int) -> list[mx.
 
 
 def _view(x: mx.array, *, shape: Any, strides: Any, offset: int) -> list[mx.array]:
-    return [original(mx, "as_strided")(x, shape, strides, offset)]
+    # MLX refuses what a reshape to one dimension leaves strided, as it does of x[::2].
+    return [original(mx, "as_strided")(mx.contiguous(x), shape, strides, offset)]
 
 
 def _view_batch(

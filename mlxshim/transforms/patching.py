@@ -140,11 +140,17 @@ class Patched:
 
 def _in_blocks(ours: Callable[..., Any]) -> Callable[..., Any]:
     name = ours.__name__
+    kind: levels.Kind = "jvp" if name == "jvp" else "grad"
 
     @intercept(mx, name, patched=True)
     def call(*args: Any, **kwargs: Any) -> Any:
         if in_block():
             return ours(*args, **kwargs)
+        # MLX's own, in a trace of ours: what is inside it is one level deeper.
+        if args:
+            args = (at_level(kind, args[0]), *args[1:])
+        elif "fun" in kwargs:
+            kwargs["fun"] = at_level(kind, kwargs["fun"])
         return original(mx, name)(*args, **kwargs)
 
     return ours

@@ -56,6 +56,13 @@ class Builder:
     def subset(self, options: Any) -> list[Any]:
         return [x for x in options if self.draw(st.booleans())]
 
+    def draw_some(self, options: Any, count: int) -> list[Any]:
+        """So many of the options, or all, in order."""
+        rest = list(options)
+        while len(rest) > count:
+            rest.pop(self.number(0, len(rest) - 1))
+        return rest
+
     def axis(self, ndim: int) -> int:
         if not ndim:
             raise Unfit
@@ -68,7 +75,7 @@ class Builder:
 
     def argument(self, kind: str, shape: tuple[int, ...], dtype: str = "") -> str:
         """A new argument of the function."""
-        if len(self.arguments) >= 5:
+        if len(self.arguments) >= 6:
             raise Unfit
         dtype = dtype or {"integers": "int32", "booleans": "bool_", "bits": "uint32"}.get(
             kind, "float32"
@@ -100,7 +107,7 @@ class Builder:
         def fits(x: mx.array) -> bool:
             category = {"integers": mx.int32, "booleans": mx.bool_, "bits": mx.uint32}.get(kind)
             of_kind = x.dtype == category if category else is_floating(x)
-            return x.shape == shape and of_kind and wanted in (None, x.dtype)
+            return x.shape == shape and of_kind and (wanted is None or x.dtype == wanted)
 
         name = self.some(fits) if kind in ("normal", "booleans") else None
         return name or self.argument(kind, shape, dtype)

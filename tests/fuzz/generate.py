@@ -9,7 +9,10 @@ from typing import Any
 import mlx.core as mx
 from hypothesis import strategies as st
 
+from . import control_flow as control_flow
+from . import convolutions as convolutions
 from . import more_operations as more_operations
+from . import places as places
 from .builder import Argument, Builder, is_floating
 from .operations import OPERATIONS
 
@@ -131,7 +134,7 @@ class _Stack:
         if sum(mx.zeros(a.shape).size for a in arguments) > 4000:
             return
         out_axes = [self._place(len(shape)) for shape, _ in self.outputs]
-        forms = ["plain", "plain", "plain", "tree", "chunks"]
+        forms = ["plain", "plain", "plain", "tree", "nested", "chunks"]
         if len(in_axes) > 1 and set(in_axes[1:]) == {0} and in_axes[0] is not None:
             forms.append("keywords")
         form = self.draw(st.sampled_from(forms))

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import collections
+import hashlib
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import hypothesis
+import hypothesis.internal.conjecture.engine
 from hypothesis import HealthCheck, Phase
 
 from .generate import KINDS, programs
-from .worker import Worker
+from .worker import Worker, is_empty
+
+_PULLED = re.compile("grad|vjp")
+
+# Hypothesis repeats parts of what it has drawn, to find equal things: most of those programs are
+# the same ones again, and take three quarters of the time.
+_engine: Any = hypothesis.internal.conjecture.engine.ConjectureRunner
+if hasattr(_engine, "generate_mutations_from"):
+    _engine.generate_mutations_from = lambda *_: None
 
 
 class Failing(AssertionError):
@@ -24,15 +35,22 @@ class Search:
         self,
         families: Collection[str] = (),
         depth: int = 4,
-        limit: float = 60,
+        limit: float = 20,
         kinds: Sequence[str] = KINDS,
+        may_hang: bool = True,
     ) -> None:
+        """Without `may_hang`, no derivatives of empty arrays: MLX's kernel may not end."""
         self.strategy = programs(families, depth, kinds)
         self.worker = Worker(limit)
+        self.may_hang = may_hang
         #: How many programs were compared, looped, no case, or failed.
         self.counts: collections.Counter[str] = collections.Counter()
         self.no_case: collections.Counter[str] = collections.Counter()
         self.warned: dict[str, str] = {}
+        #: Digests of the programs that were run: how many of them are different.
+        self.seen: set[str] = set()
+        #: How many more programs may be run to make a failing one smaller.
+        self.shrinking = 300
         #: The smallest failing program, and what is wrong with it.
         self.failing: tuple[str, str] | None = None
 
@@ -64,10 +82,20 @@ class Search:
             self.worker.close()
 
     def _judge(self, program: str) -> None:
+        if self.failing is not None and program != self.failing[0]:
+            if self.shrinking <= 0:  # small enough; hypothesis alone would go on for minutes
+                return
+            self.shrinking -= 1
+        digest = hashlib.sha256(program.encode()).hexdigest()[:12]
+        if self.failing is None and digest in self.seen:
+            return
+        if not self.may_hang and is_empty(program) and _PULLED.search(program):
+            return
         verdict = self.worker.run(program)
         if self.failing is None:  # shrinking does not count
             kind = "no case" if verdict.no_case else "looped" if verdict.warnings else "compared"
             self.counts["failed" if verdict.failure else kind] += 1
+            self.seen.add(digest)
             if verdict.no_case:
                 self.no_case[verdict.no_case[:70]] += 1
             for said in verdict.warnings:

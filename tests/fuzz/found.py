@@ -1,0 +1,66 @@
+"""Programs that have failed once."""
+
+PROGRAMS = {
+    "a mixed second derivative of a convolution": """
+def program(t):
+    def f(a, b):
+        return [t.convolution(a, b, stride=[1, 1], padding=[1, 1])]
+
+    g = t.jvp(f, [1])
+    g = t.jvp(g, [0])
+    return g
+
+
+INPUTS = [
+    ("normal", (1, 3, 3, 1), "float32"),
+    ("normal", (1, 2, 2, 1), "float32"),
+    ("normal", (1, 2, 2, 1), "float32"),
+    ("normal", (1, 3, 3, 1), "float32"),
+]
+PRECISION, CALLS = 0.0002, 1
+""",
+    "a view of what is strided": """
+def program(t):
+    def f(a, b):
+        v0 = a[None, b % 2, b % 2, ::2]
+        return [mx.as_strided(v0, (1, 1), (1, 1), 0)]
+
+    g = t.vmap(f, (0, None), [0])
+    return g
+
+
+INPUTS = [("normal", (2, 2, 2, 2), "float32"), ("integers", (), "int32")]
+PRECISION, CALLS = 0.0002, 1
+""",
+    "the gradient of nothing taken along an axis": """
+def program(t):
+    def f(a, b):
+        return [mx.take_along_axis(a, b % 2, axis=1)]
+
+    g = t.value_and_grad(f, [0])
+    g = t.vmap(g, (None, 0), [0, 0])
+    return g
+
+
+INPUTS = [("normal", (0, 2), "float32"), ("integers", (2, 0, 1), "int32")]
+PRECISION, CALLS = 0.0002, 1
+""",
+    "a primitive with an argument that is called axes, at a later trace": """
+def program(t):
+    def f(a, b, c):
+        return [t.slice_update(a, c, b % mx.array([2]), (0,))]
+
+    g = t.vmap(f, (None, 0, 0), [0])
+    g = t.checkpoint(g)
+    g = t.vmap(g, (0, None, None), [0])
+    return g
+
+
+INPUTS = [
+    ("normal", (2, 2), "float32"),
+    ("integers", (2, 1), "int32"),
+    ("normal", (2, 1), "float32"),
+]
+PRECISION, CALLS = 0.0002, 1
+""",
+}
