@@ -40,7 +40,7 @@ class Operation:
         functools.update_wrapper(self, decomposition)
         self.name: str = getattr(decomposition, "__name__", "primitive")
         self.decomposition = decomposition
-        self.lowering = decomposition
+        self.lowering: Rule = decomposition
         self._several = False
         self._elementwise = False
         self._primitive = Primitive(
@@ -62,7 +62,7 @@ class Operation:
     def def_lowering(self, fun: Rule) -> Rule:
         """`fun(*arrays, **static)`: the call to make where no vmap traces. Its value is the
         decomposition's."""
-        self.lowering: Rule = fun
+        self.lowering = fun
         return fun
 
     def def_batch(self, rule: Rule) -> Rule:

@@ -319,3 +319,58 @@ def test_an_unmapped_argument_is_not_copied():
     mx.eval(mapped({"w": w}, x))
     mx.synchronize()
     assert mx.get_peak_memory() - active < w.nbytes / 2
+
+
+PLAIN = {
+    "dict": ({"b": rand(3), "w": rand(4, 3)}, {"w": 0, "b": None}),
+    "list": ([rand(4, 3), rand(3)], [0, None]),
+    "tuple in a dict": ({"t": (rand(3), rand(3, 4)), "none": {}}, {"t": (None, -1), "none": 0}),
+    "a prefix": ({"deep": [{"w": rand(4, 3)}, rand(4, 3)], "b": rand(3)}, {"deep": 0, "b": None}),
+    "an array": (rand(3, 4), 1),
+    "a tuple of one": ((rand(4, 3),), (0,)),
+    "shared": ({"w": rand(3), "b": [rand(3)]}, None),
+    "not only arrays": ({"w": rand(4, 3), "n": 2, "none": None}, 0),
+}
+
+
+def leaves(tree):
+    if isinstance(tree, (dict, list, tuple)):
+        return [x for y in (tree.values() if isinstance(tree, dict) else tree) for x in leaves(y)]
+    return [tree] if isinstance(tree, mx.array) else []
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("alone", [True, False])
+def test_trees_by_either_way(name, alone, monkeypatch):
+    """What MLX takes as it is and what is taken apart here must come to the same."""
+    from mlxshim.transforms import vmap as module
+
+    tree, axes = PLAIN[name]
+    if alone and axes is None:
+        pytest.skip("nothing is mapped")
+    seen = []
+
+    def f(tree, x=0.0):
+        seen.append((type(tree), list(tree) if isinstance(tree, dict) else None))
+        return sum(y * n for n, y in enumerate(leaves(tree), 2)) + x
+
+    args, in_axes = ((tree,), (axes,)) if alone else ((tree, rand(4, 3)), (axes, 0))
+    got = vmap(f, in_axes)(*args)
+    monkeypatch.setattr(module, "plain_axes", lambda *args: None)
+    same(got, vmap(f, in_axes)(*args))
+    assert seen[0] == seen[1] and seen[0][0] is type(tree)
+
+
+def test_a_tree_of_arrays_is_not_changed_in_place():
+    def f(tree, x):
+        tree["w"] += x
+        tree["new"] = x
+        tree["list"].append(x)
+        return tree["w"] * 2
+
+    tree = {"w": rand(3), "list": []}
+    before, w, x = tree["w"], mx.array(tree["w"]), rand(2, 3)
+    same(vmap(f, in_axes=(None, 0))(tree, x), 2 * (w + x))
+    same(vmap(f, in_axes=({"w": None, "list": 0}, 0))(tree, x), 2 * (w + x))
+    assert list(tree) == ["w", "list"] and tree["w"] is before and tree["list"] == []
+    same(tree["w"], w)

@@ -16,6 +16,7 @@ from ..core.interception import intercepted
 from ..core.levels import VmapLevel, at_vmap
 from ..core.plans import Plans
 from ._mapping import Inputs, MappedOutputError, Outputs, check_spec
+from ._plain import plain_axes, reach
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -81,24 +82,22 @@ def vmap(
     _check_options(axis_name, axis_size, randomness, chunk_size, fallback)
 
     plans = Plans()
-    flat = _axes_of_arrays(in_axes)
-    axes: Any = flat[0] if isinstance(flat, tuple) and len(flat) == 1 else flat
     named = axis_name is not None
 
     @functools.wraps(fun, updated=())
     @intercepted
     def mapped(*args: P.args, **kwargs: P.kwargs) -> R:
         loop = False
-        if flat is not None and not kwargs and chunk_size is None:
-            size, first = _common_size(args, flat)
+        if not kwargs and chunk_size is None and (found := plain_axes(args, in_axes)) is not None:
+            size, path, axes = found
             if size > 0 and (axis_size is None or axis_size == size):
-                # Every argument is an array: the trace is ours to keep short.
+                # MLX takes these arguments as they are: the trace is ours to keep short.
                 outputs = Outputs(out_axes, named)
-                plan = plans.of(args[first].shape)  # pyright: ignore
+                plan = plans.of(reach(args, path).shape)
                 body = at_vmap(VmapLevel(axis_name, size, randomness, plan), fun)
                 try:
                     results = native.vmap(
-                        lambda *xs: outputs.take(body(xs[first], *xs)), axes, outputs.axes
+                        lambda *xs: outputs.take(body(reach(xs, path), *xs)), axes, outputs.axes
                     )(*args)
                     return outputs.give(results)
                 except Exception as e:
@@ -132,36 +131,6 @@ def vmap(
         return outputs.give(outputs.concatenate(parts) if len(parts) > 1 else parts[0])
 
     return mapped
-
-
-def _axes_of_arrays(in_axes: Any) -> int | tuple[int | None, ...] | None:
-    """in_axes if it goes with arguments that are arrays: an int for all, or one for each."""
-    if type(in_axes) is int:
-        return in_axes
-    if type(in_axes) not in (tuple, list) or all(axis is None for axis in in_axes):
-        return None
-    return tuple(in_axes) if all(axis is None or type(axis) is int for axis in in_axes) else None
-
-
-def _common_size(args: tuple[Any, ...], axes: int | tuple[int | None, ...]) -> tuple[int, int]:
-    """The size of the mapped axis if all arguments are arrays, and who has it; else -1."""
-    size, first = -1, 0
-    several = (axes,) * len(args) if isinstance(axes, int) else axes
-    if len(several) != len(args):
-        return -1, 0
-    for n, (x, axis) in enumerate(zip(args, several)):
-        if type(x) is not mx.array:
-            return -1, 0
-        if axis is None:
-            continue
-        shape = x.shape
-        if not -len(shape) <= axis < len(shape):
-            return -1, 0
-        if shape[axis] != size:
-            if size != -1:
-                return -1, 0
-            size, first = shape[axis], n
-    return size, first
 
 
 def _batched(
