@@ -258,9 +258,22 @@ def mapped(
     first = next((i for i, a in enumerate(axes) if a is not None), None)
     if first is None:
         return [copies(y, level.size) for y in fun(*arrays)]
-    body = levels.at_vmap(level, fun)
+    body, through = levels.at_vmap(level, fun), False
+
+    def run(*xs: mx.array) -> list[mx.array]:
+        nonlocal through
+        outputs = body(xs[first], *xs)
+        through = True
+        return outputs
+
     in_axes: Any = axes if len(axes) > 1 else axes[first]
-    return list(native.vmap(lambda *xs: body(xs[first], *xs), in_axes)(*arrays))
+    try:
+        return list(native.vmap(run, in_axes)(*arrays))
+    except Exception as e:
+        if not through or isinstance(e, (NoBatchingRule, TypeError)):
+            raise
+        # It fails while a function is traced, and is a matter of a rule all the same.
+        raise NoBatchingRule(f"an operation has no batching rule: {e}") from e
 
 
 def shaped(fun: Flat, arrays: Arrays) -> list[mx.array]:
