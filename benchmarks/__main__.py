@@ -25,6 +25,8 @@ BENCHMARKS: dict[str, Callable[[float], list[str]]] = {
     "attention": lambda minutes: ["--repeats", "20"],
     "operations": lambda minutes: ["--repeats", "20"],
     "scaling": lambda minutes: ["--minutes", f"{minutes:.2f}"],
+    "blocks": lambda minutes: ["--minutes", f"{minutes:.2f}"],
+    "prefix": lambda minutes: ["--seconds", "0.3"],
     "models": lambda minutes: ["--seconds", "2"],
     "peers": lambda minutes: ["--minutes", f"{minutes:.2f}"],
 }

@@ -148,12 +148,53 @@ def plain(result: Result) -> str:
     )
 
 
+def blocks(result: Result) -> str:
+    head = ("L", "mask", "path", "time", "of it the process's own", "peak memory")
+    setting = (
+        f"{result['samples']} sample of {result['heads']} query and {result['kv_heads']} K/V "
+        f"heads, D = {result['dim']}, {result['dtype']}, in no more than {result['gib']:g} GiB.\n\n"
+    )
+    return setting + table(
+        head,
+        (
+            (
+                row["length"], "causal" if row["causal"] else "", row["path"],
+                number(row, "s", "s", 3) or row.get("no"), number(row, "cpu_s", "s", 3),
+                number(row, "mib", "MiB", 0),
+            )
+            for row in result["rows"]
+        ),
+    )  # fmt: skip
+
+
+def prefix(result: Result) -> str:
+    head = ("prompt", "rows", "contender", "alone", "piped", "of the bytes moved", "memory")
+    setting = (
+        f"{result['heads']} query and {result['kv_heads']} K/V heads, D = {result['dim']}, "
+        f"{result['length']} query and {result['own']} keys of each row's own, {result['dtype']}. "
+        f"Bytes moved: the prompt's K/V once, each row's own K/V, queries and outputs.\n\n"
+    )
+    return setting + table(
+        head,
+        (
+            (
+                row["prompt"], row["rows"], row["contender"],
+                number(row, "ms", "ms", 3) or row.get("note"), number(row, "pipelined_ms", "ms", 3),
+                number(row, "gb_s", "GB/s", 0), number(row, "mib", "MiB", 0),
+            )
+            for row in result["rows"]
+        ),
+    )  # fmt: skip
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "trace": ("The cost of a trace", trace),
     "overhead": ("A call with nothing to transform", overhead),
     "attention": ("Attention", attention),
     "operations": ("Fused operations", operations),
     "scaling": ("Scaling", scaling),
+    "blocks": ("Attention in blocks", blocks),
+    "prefix": ("A shared prompt", prefix),
     "models": ("Per-sample and clipped gradients of a model", models),
     "peers": ("Peers", peers),
 }

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
+
+from ..core import levels
+from ..rules._dtypes import promoted
+from ..rules.attention_parts import part
 
 
 def prompt_attention(
@@ -15,22 +21,32 @@ def prompt_attention(
 ) -> mx.array:
     """Causal attention over keys and values in two parts, which are not brought together.
 
-    Under `vmap` with the prompt unmapped its keys and values are read as they are: nothing of the
-    prompt's size is written for a row. Concatenating the two would copy the prompt for every row.
+    Under `vmap` with the prompt unmapped its keys and values are read once, as they are: the
+    queries of all rows are rows of one product with them, and nothing of the prompt's size is
+    written for a row. Concatenating the two would copy the prompt for every row. The same is done
+    for rows in a leading dimension that the prompt does not have.
+
+    Gradients are those of attention over the concatenated keys and values. The gradient of the
+    queries reads the prompt once as well; those of the prompt's keys and values, under
+    `vmap(grad)`, are as many as there are rows.
 
     Args:
         queries: (..., heads, length, dim), those of the last `length` positions.
-        prompt: Keys and values of the prompt: (..., kv_heads, prompt, dim) each. All queries see
-            all of them. heads is a multiple of kv_heads.
+        prompt: Keys and values of the prompt: (..., kv_heads, prompt, dim) each, or without the
+            leading dimensions, for all of them. All queries see all of it. heads is a multiple of
+            kv_heads; the values may have a dim of their own.
         keys: (..., kv_heads, continuation, dim), the ones of the queries' positions last.
         values: Likewise.
         scale: Of the scores.
 
     Returns:
-        (..., heads, length, dim).
+        (..., heads, length, dim of the values).
 
     Raises:
-        ValueError: heads no multiple of kv_heads.
+        ValueError: heads no multiple of kv_heads, or shapes that do not go together.
+
+    References:
+        Juravsky et al., "Hydragen: High-Throughput LLM Inference with Shared Prefixes", 2024.
 
     Example:
         >>> import mlx.core as mx
@@ -43,21 +59,59 @@ def prompt_attention(
         >>> vmap(attend)(q, k, v).shape
         (16, 4, 1, 8)
     """
-    *lead, heads, length, dim = queries.shape
-    kv_heads, own = keys.shape[-3], keys.shape[-2]
+    arrays = _checked(queries, *prompt, keys, values)
+    *lead, heads, length, _ = queries.shape
+    q, shared_k, shared_v, k, v = (mx.reshape(x, (-1, *x.shape[-3:])) for x in arrays)
+    rows = q.shape[0]
+    if shared_k.shape[0] == rows:
+        out, total = _part(q, shared_k, shared_v, scale, False)
+    else:  # (rows, heads, length, dim) -> (1, heads, rows * length, dim)
+        together = mx.flatten(mx.swapaxes(q, 0, 1), 1, 2)[None]
+        out, total = (
+            mx.swapaxes(mx.unflatten(x[0], 1, (rows, length)), 0, 1)
+            for x in _part(together, shared_k, shared_v, scale, False)
+        )
+    own, own_total = _part(q, k, v, scale, length > 1)
+    weight = mx.sigmoid(total - own_total)
+    merged = own + weight * (out - own)
+    return mx.reshape(merged.astype(q.dtype), (*lead, heads, length, -1))
+
+
+def _part(q: mx.array, k: mx.array, v: mx.array, scale: float, causal: bool) -> list[mx.array]:
+    bind = part if "vmap" in levels.active() else part.differentiable
+    return bind(q, k, v, scale=float(scale), causal=causal, has_mask=False)
+
+
+def _checked(*arrays: mx.array) -> list[mx.array]:
+    """Queries, the prompt's keys and values, own keys and values: of one dtype, if they fit."""
+    q, shared_k, shared_v, k, v = arrays
+    shapes = ", ".join(str(x.shape) for x in arrays)
+    given = f"queries, prompt, keys and values have shapes {shapes}"
+    if any(x.ndim < 3 for x in arrays):
+        raise ValueError(f"[prompt_attention] heads, positions and dim are needed: {given}.")
+    *lead, heads, length, dim = q.shape
+    kv_heads = k.shape[-3]
     if heads % kv_heads:
         raise ValueError(
             f"[prompt_attention] {heads} query heads are no multiple of {kv_heads} key heads."
         )
-    # The queries of a group are rows of one product with its keys.
-    q = mx.reshape(queries * scale, (*lead, kv_heads, -1, dim))
-    shared = q @ mx.swapaxes(prompt[0], -1, -2)
-    mine = q @ mx.swapaxes(keys, -1, -2)
-    if length > 1:
-        seen = mx.arange(own)[None] <= mx.arange(own - length, own)[:, None]
-        mask = mx.where(seen, 0.0, mx.finfo(mine.dtype).min).astype(mine.dtype)
-        mine = mine + mx.concatenate([mask] * (heads // kv_heads))
-    weights = mx.softmax(mx.concatenate([shared, mine], axis=-1), axis=-1, precise=True)
-    size = prompt[0].shape[-2]
-    out = weights[..., :size] @ prompt[1] + weights[..., size:] @ values
-    return mx.reshape(out, (*lead, heads, length, dim))
+    for name, a, b in (("keys and values", k, v), ("the prompt's", shared_k, shared_v)):
+        if a.shape[:-1] != b.shape[:-1] or a.shape[-1] != dim or a.shape[-3] != kv_heads:
+            raise ValueError(f"[prompt_attention] {name} do not go together: {given}.")
+    if [*k.shape[:-3]] != lead or v.shape[-1] != shared_v.shape[-1]:
+        raise ValueError(f"[prompt_attention] keys and values do not fit the queries: {given}.")
+    if shared_k.ndim > 3 and [*shared_k.shape[:-3]] != lead and math.prod(shared_k.shape[:-3]) != 1:
+        raise ValueError(
+            f"[prompt_attention] the prompt has the leading dimensions of the queries, or none: "
+            f"{given}."
+        )
+    if k.shape[-2] < length:
+        raise ValueError(
+            f"[prompt_attention] {length} queries have keys of {k.shape[-2]} positions: the last "
+            f"ones are those of the queries' own; put them there."
+        )
+    dtype = promoted(*arrays)
+    if dtype is None:
+        dtypes = ", ".join(str(x.dtype) for x in arrays)
+        raise ValueError(f"[prompt_attention] takes floating point, not {dtypes}.")
+    return [x.astype(dtype) for x in arrays]

@@ -36,7 +36,7 @@ def decompose(
 ) -> list[mx.array]:
     """Attention; `rest` are the mask, if it is an array, and the sinks, if there are any."""
     batch, heads, length, _ = q.shape
-    queries = _by_group(q * constant(scale, q.dtype), k)
+    queries = by_group(q * constant(scale, q.dtype), k)
     probs = _probabilities(queries, k, rest, heads, length, causal, has_mask)
     out = matmul(probs, v)
     return [out if heads == k.shape[1] else mx.reshape(out, (batch, heads, length, -1))]
@@ -55,15 +55,15 @@ def decompose_vjp(
     """The gradients of q, k and v; `others` end with the cotangent."""
     *rest, cotangent = others
     heads, length = q.shape[1:3]
-    queries = _by_group(q * constant(scale, q.dtype), k)
+    queries = by_group(q * constant(scale, q.dtype), k)
     probs = _probabilities(queries, k, tuple(rest), heads, length, causal, has_mask)
-    cotangent = _by_group(cotangent, k)
+    cotangent = by_group(cotangent, k)
     d_probs = matmul(cotangent, mx.swapaxes(v, -1, -2))
     weighed = d_probs * probs
     d_scores = weighed - probs * mx.sum(weighed, axis=-1, keepdims=True)
     # Where nothing is seen the probabilities are uniform, and no score had a part in that.
     if causal and length > k.shape[2]:
-        d_scores = d_scores * _past(queries.shape[2], length, k.shape[2]).astype(probs.dtype)
+        d_scores = d_scores * past(queries.shape[2], length, k.shape[2]).astype(probs.dtype)
     elif has_mask and rest[0].dtype == mx.bool_:
         shape = d_scores.shape
         full = mx.reshape(d_scores, (shape[0], heads, length, shape[-1]))
@@ -73,7 +73,7 @@ def decompose_vjp(
     return [dq, dk, matmul(mx.swapaxes(probs, -1, -2), cotangent)]
 
 
-def _by_group(x: mx.array, k: mx.array) -> mx.array:
+def by_group(x: mx.array, k: mx.array) -> mx.array:
     """(B, H, L, D) -> (B, Hkv, H / Hkv * L, D)"""
     batch, heads, _, dim = x.shape
     return x if heads == k.shape[1] else mx.reshape(x, (batch, k.shape[1], -1, dim))
@@ -91,8 +91,8 @@ def _probabilities(
     """softmax, (B, Hkv, H / Hkv * Lq, Lk); the queries are scaled, and rows of their group."""
     scores = matmul(queries, mx.swapaxes(k, -1, -2))
     if causal:
-        past = _past(scores.shape[2], length, scores.shape[3])
-        scores = keep_where(past, scores, FLOOR[scores.dtype])
+        seen = past(scores.shape[2], length, scores.shape[3])
+        scores = keep_where(seen, scores, FLOOR[scores.dtype])
     if not rest:
         return mx.softmax(scores, axis=-1, precise=True)
     shape = scores.shape
@@ -102,7 +102,7 @@ def _probabilities(
     return mx.reshape(_masked_softmax(scores, rest, has_mask), shape)
 
 
-def _past(rows: int, q_length: int, k_length: int) -> mx.array:
+def past(rows: int, q_length: int, k_length: int) -> mx.array:
     """Which keys each row sees; the rows are those of all the queries of a group."""
     return _positions(rows, q_length, k_length) >= _steps(k_length)
 
