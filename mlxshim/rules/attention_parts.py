@@ -4,8 +4,8 @@
     of two parts:  O = w O1 + (1 - w) O2,  w = exp(l1) / (exp(l1) + exp(l2)) = sigmoid(l1 - l2)
 
 K/V that samples share are read once: the queries of all samples are rows of one product, forward
-and for the gradient of the queries. The log-sum-exp is of float32 and read off the softmax, in which
-the greatest score m of a row has the greatest weight p: l = m - log p.
+and for the gradient of the queries. The log-sum-exp is of float32 and read off the softmax, in
+which the greatest score m of a row has the greatest weight p: l = m - log p.
 
 Backward, with cotangents c of O and e of l:  dS = P * (c V^T - rowsum(c * O) + e).
 
