@@ -96,9 +96,10 @@ class Closure:
         if type(value) is functools.partial:
             parts = (value.func, value.args, value.keywords)
             return _Call(_partial, [self._planned(part) for part in parts])
-        if getattr(type(value), "holds_functions", False):
+        names = getattr(type(value), "holds_functions", ())
+        if names:
             plan = self._plans[id(value)] = _Object(value)
-            plan.attributes = {name: self._planned(x) for name, x in vars(value).items()}
+            plan.attributes = {name: self._planned(getattr(value, name)) for name in names}
             return plan
         below = trees.children(value)
         if below is not None:
@@ -193,7 +194,7 @@ class _Call(_Plan):
 
 
 class _Object(_Plan):
-    """One of ours, whose attributes are a user's functions; its class has `holds_functions`."""
+    """One of ours with a user's functions, in the attributes that `holds_functions` names."""
 
     def __init__(self, like: Any) -> None:
         self.like = like

@@ -16,27 +16,44 @@ from ._flat import Slot, unflatten
 from ._structure import is_module
 
 
-def positional(kind: str, fun: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """The arguments by position, with defaults, as `jax.custom_vjp` resolves them."""
-    try:
-        signature = inspect.signature(fun)
-    except (TypeError, ValueError):
-        if kwargs:
+class Signature:
+    """How a function with rules of its own takes its arguments: all by position."""
+
+    def __init__(self, kind: str, fun: Callable[..., Any]) -> None:
+        self.kind, self.fun = kind, fun
+        self.signature: inspect.Signature | None = None
+        #: How many arguments there are, where nothing else but that has to be known.
+        self.count = -1
+        try:
+            self.signature = inspect.signature(fun)
+        except (TypeError, ValueError):
+            return
+        parameters = self.signature.parameters.values()
+        if all(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
+            self.count = len(parameters)
+
+    def positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The arguments by position, with defaults, as `jax.custom_vjp` resolves them."""
+        if not kwargs and len(args) == self.count:
+            return args
+        kind, name = self.kind, name_of(self.fun)
+        if self.signature is None:
+            if kwargs:
+                raise ArgumentError(
+                    f"[{kind}] {name} has no signature: pass its arguments by position."
+                )
+            return args
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as e:
+            raise ArgumentError(f"[{kind}] The arguments do not fit {name}: {e}.") from None
+        bound.apply_defaults()
+        if bound.kwargs:
             raise ArgumentError(
-                f"[{kind}] {name_of(fun)} has no signature: pass its arguments by position."
-            ) from None
-        return args
-    try:
-        bound = signature.bind(*args, **kwargs)
-    except TypeError as e:
-        raise ArgumentError(f"[{kind}] The arguments do not fit {name_of(fun)}: {e}.") from None
-    bound.apply_defaults()
-    if bound.kwargs:
-        raise ArgumentError(
-            f"[{kind}] {name_of(fun)} has arguments that go by keyword only, {list(bound.kwargs)}: "
-            "a function with rules of its own has them all by position."
-        )
-    return bound.args
+                f"[{kind}] {name} has arguments that go by keyword only, {list(bound.kwargs)}: a "
+                "function with rules of its own has them all by position."
+            )
+        return bound.args
 
 
 def numbers(

@@ -13,7 +13,7 @@ from ..core import custom, replay, trees
 from ..core.errors import ArgumentError
 from ..core.primitive import Arrays
 from . import _flat
-from ._calls import Arguments, Captured, Levels, captured_derivative, name_of, numbers, positional
+from ._calls import Arguments, Captured, Levels, Signature, captured_derivative, name_of, numbers
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,7 +55,7 @@ class custom_jvp(Generic[P, R]):  # a decorator, named as JAX's
         array(100, dtype=float32)
     """
 
-    holds_functions = True
+    holds_functions = ("fun", "jvp")
 
     def __init__(
         self,
@@ -67,6 +67,7 @@ class custom_jvp(Generic[P, R]):  # a decorator, named as JAX's
             raise ArgumentError(f"[custom_jvp] fun must be a function, found {fun!r}.")
         functools.update_wrapper(self, fun, updated=())
         self.fun = fun
+        self.signature = Signature("custom_jvp", fun)
         self.nondiff_argnums = numbers("custom_jvp", fun, nondiff_argnums, nondiff_argnames)
         self.jvp: Callable[..., Any] | None = None
 
@@ -130,7 +131,7 @@ class custom_jvp(Generic[P, R]):  # a decorator, named as JAX's
             raise AttributeError(
                 f"[custom_jvp] {name_of(self.fun)} has no rule: give it one with defjvp."
             )
-        return _Call(self, positional("custom_jvp", self.fun, args, kwargs)).result()
+        return _Call(self, self.signature.positional(args, kwargs)).result()
 
 
 def _sum(x: Any, y: Any) -> Any:

@@ -17,11 +17,11 @@ from ._calls import (
     Arguments,
     Captured,
     Levels,
+    Signature,
     captured_derivative,
     name_of,
     no_functions_in,
     numbers,
-    positional,
 )
 from ._products import check_complex, conjugate
 
@@ -66,7 +66,7 @@ class custom_vjp(Generic[P, R]):  # a decorator, named as JAX's
         array([0.5, 1], dtype=float32)
     """
 
-    holds_functions = True
+    holds_functions = ("fun", "fwd", "bwd")
 
     def __init__(
         self,
@@ -78,6 +78,7 @@ class custom_vjp(Generic[P, R]):  # a decorator, named as JAX's
             raise ArgumentError(f"[custom_vjp] fun must be a function, found {fun!r}.")
         functools.update_wrapper(self, fun, updated=())
         self.fun = fun
+        self.signature = Signature("custom_vjp", fun)
         self.nondiff_argnums = numbers("custom_vjp", fun, nondiff_argnums, nondiff_argnames)
         self.fwd: Callable[..., tuple[R, Any]] | None = None
         self.bwd: Callable[..., Any] | None = None
@@ -118,7 +119,7 @@ class custom_vjp(Generic[P, R]):  # a decorator, named as JAX's
             raise AttributeError(
                 f"[custom_vjp] {name_of(self.fun)} has no rule: give it one with defvjp(fwd, bwd)."
             )
-        return _Call(self, positional("custom_vjp", self.fun, args, kwargs)).result()
+        return _Call(self, self.signature.positional(args, kwargs)).result()
 
 
 class _Call:

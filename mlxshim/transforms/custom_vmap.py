@@ -14,7 +14,7 @@ from ..core.errors import ArgumentError, NoBatchingRule
 from ..core.interception import intercepted
 from ..core.opaque import copies
 from . import _flat
-from ._calls import Arguments, Captured, name_of, positional
+from ._calls import Arguments, Captured, Signature, name_of
 from ._loops import Deferred
 
 P = ParamSpec("P")
@@ -59,13 +59,14 @@ class custom_vmap(Generic[P, R]):  # a decorator, named as JAX's
                [3, 4]], dtype=float32)
     """
 
-    holds_functions = True
+    holds_functions = ("fun", "rule")
 
     def __init__(self, fun: Callable[P, R]) -> None:
         if not callable(fun):
             raise ArgumentError(f"[custom_vmap] fun must be a function, found {fun!r}.")
         functools.update_wrapper(self, fun, updated=())
         self.fun = fun
+        self.signature = Signature("custom_vmap", fun)
         self.rule: Callable[..., Any] | None = None
 
     def def_vmap(self, vmap_rule: Rule) -> Rule:
@@ -91,7 +92,7 @@ class custom_vmap(Generic[P, R]):  # a decorator, named as JAX's
                 f"[custom_vmap] {name_of(self.fun)} has no batching rule: give it one with "
                 "def_vmap."
             )
-        given = positional("custom_vmap", self.fun, args, kwargs)
+        given = self.signature.positional(args, kwargs)
         if custom.innermost() is None:
             return self.fun(*given)  # pyright: ignore[reportCallIssue]
         return self._mapped(given)

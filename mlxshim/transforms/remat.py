@@ -74,7 +74,7 @@ remat = checkpoint
 
 
 class _Checkpointed:
-    holds_functions = True
+    holds_functions = ("fun",)
 
     def __init__(self, fun: Callable[..., Any], static: tuple[int, ...]) -> None:
         functools.update_wrapper(self, fun, updated=())
