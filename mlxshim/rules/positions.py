@@ -26,8 +26,10 @@ import mlx.core as mx
 from ..core import levels, native
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
+from ..core.versions import TWO_TANGENTS_BUG
 from . import _devices
 from ._constants import constant
+from .positions_plain import turned
 
 # The call --------------------------------------------------------------------------------------
 
@@ -45,6 +47,9 @@ def rope(
     stream: Any = None,
 ) -> mx.array:
     form = {"traditional": traditional, "base": base, "scale": scale}
+    if TWO_TANGENTS_BUG and "jvp" in levels.active():
+        _raw(a, dims, **form, offset=offset, freqs=freqs, stream=stream)  # or says what is wrong
+        return turned(a, offset, freqs, dims=dims, **form)
     mapped = "vmap" in levels.active() and _devices.gpu()
     if not (mapped or _turns_itself()) or not isinstance(offset, (int, mx.array)):
         return _raw(a, dims, **form, offset=offset, freqs=freqs, stream=stream)
