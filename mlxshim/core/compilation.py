@@ -18,7 +18,14 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from .versions import MLX
+
 R = TypeVar("R")
+
+#: What a function compiled elsewhere leaves in a thread's cache is freed when the thread ends,
+#: without the lock that Python asks for, and the process aborts (0.31.2). What is compiled and
+#: dropped in the thread itself leaves nothing.
+THREAD_CACHE_BUG = MLX == (0, 31, 2)
 
 _enable, _disable = mx.enable_compile, mx.disable_compile
 _lock = threading.RLock()
@@ -90,18 +97,23 @@ def after_fork() -> None:
 
 def _is_on() -> bool:
     # There is no getter: a compiled function that has been called before is not called again.
+    probe = _probe
+    if THREAD_CACHE_BUG and threading.current_thread() is not threading.main_thread():
+        probe = mx.compile(_note)
     _calls.clear()
-    _probe()
+    probe()
     if _calls:
         _calls.clear()
-        _probe()
+        probe()
     return not _calls
 
 
 _calls: list[None] = []
 
 
-@mx.compile
-def _probe() -> list[mx.array]:
+def _note() -> list[mx.array]:
     _calls.append(None)
     return []
+
+
+_probe = mx.compile(_note)
