@@ -1,5 +1,7 @@
 """The rules: one file a family of operations. Importing a family registers its interceptions."""
 
+import mlx.core as mx
+
 from ..core.versions import MLX
 from . import attention as attention
 from . import axes as axes
@@ -24,6 +26,8 @@ from . import slices as slices
 from . import spectral as spectral
 from . import views as views
 
+if hasattr(mx, "searchsorted"):
+    from . import searching as searching
 if MLX < (0, 32, 4):
     from . import sorting as sorting
 if MLX < (0, 32, 0):

@@ -176,6 +176,7 @@ solve = Opaque("linalg.solve", lowering=_solve, batch=_solve_batch, vjp=_solve_v
 
 @intercept(mx.linalg, "solve")
 def _call_solve(a: mx.array, b: mx.array, *, stream: Any = None) -> mx.array:
+    raw = original(mx.linalg, "solve")(a, b, stream=stream)
     if not levels.vmaps():
-        return original(mx.linalg, "solve")(a, b, stream=stream)
-    return solve(a, b, stream=_place(stream))[0]
+        return raw
+    return solve(a.astype(raw.dtype), b.astype(raw.dtype), stream=_place(stream))[0]

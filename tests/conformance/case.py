@@ -22,14 +22,32 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def case(name: str, fun: Callable[..., Any], *arrays: Any, **options: Any) -> None:
+def case(
+    name: str, fun: Callable[..., Any], *arrays: Any, half: bool = True, **options: Any
+) -> None:
     """Put an operation through the suite, in one line.
 
     `name` is the public name below `mlx.core` ("fast.rms_norm", "array.__setitem__"), with a
-    variant after a slash where there are several ("conv2d/grouped").
+    variant after a slash where there are several ("conv2d/grouped"). Where there are `dtypes` the
+    case says itself in which it is tried; else it is tried in one of two bytes too, unless `half`
+    is False.
     """
     assert name not in CASES, f"{name} is there twice"
     CASES[name] = Case(_late(fun), arrays, options)
+    if half and "dtypes" not in options and _floating(arrays):
+        dtype = (mx.float16, mx.bfloat16)[len(CASES) % 2]
+        modes = [mode for mode in options.get("modes", _IN_HALF) if mode in _IN_HALF]
+        if modes:
+            options = {**options, "dtypes": (dtype,), "modes": modes, "tolerance": None}
+            CASES[f"{name}/{str(dtype).split('.')[-1]}"] = Case(_late(fun), arrays, options)
+
+
+_IN_HALF = ("vmap", "vmap(grad)")
+
+
+def _floating(sources: tuple[Any, ...]) -> bool:
+    drawn = (x if isinstance(x, mx.array) else x() for x in sources)
+    return any(x.dtype == mx.float32 for x in drawn)
 
 
 def _late(fun: Callable[..., Any]) -> Callable[..., Any]:

@@ -175,9 +175,24 @@ def _search(**options: Any) -> Callable[..., mx.array]:
     return lambda a, v: mx.searchsorted(a, v, **options)
 
 
+def _with_nans(*shape: int) -> Callable[[], mx.array]:
+    """Sorted, with ties and NaN at the end."""
+
+    def draw() -> mx.array:
+        x = mx.random.randint(0, 5, shape).astype(mx.float32)
+        return mx.sort(mx.where(x == 4, mx.array(float("nan")), x), axis=-1)
+
+    return draw
+
+
 if hasattr(mx, "searchsorted"):
     case("searchsorted", _search(), ascending(7), normal(2, 3))
     case("searchsorted/right", _search(side="right"), ascending(6, high=4), integers(5))
     case("searchsorted/ties", _search(), ascending(6, high=4), integers(5))
     case("searchsorted/scalar", _search(), ascending(8), normal())
+    case("searchsorted/empty", _search(), normal(0), normal(3))
+    case("searchsorted/half", _search(), ascending(9), normal(4), dtypes=(mx.float16, mx.bfloat16))
+    case("searchsorted/promoted", _search(side="right"), ascending(9, high=4), normal(4))
+    for side in ("left", "right"):
+        case(f"searchsorted/nan, {side}", _search(side=side), _with_nans(6), _with_nans(2, 3))
     case("searchsorted/one", _search(side="right"), ascending(1), normal(3))

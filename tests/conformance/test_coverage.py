@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
+import pytest
 
 from conformance.case import load
 from conformance.not_operations import NOT_OPERATIONS, PENDING
@@ -38,10 +40,41 @@ def _namespaces() -> set[str]:
     return {"fast", "linalg", "random", "fft", "distributed"}
 
 
-def test_every_operation_has_a_case():
+def missing() -> set[str]:
     covered = {name.split("/")[0] for name in load()}
-    missing = set(operations()) - covered - NOT_OPERATIONS.keys() - PENDING - _namespaces()
-    assert not missing, f"neither a case nor a reason: {' '.join(sorted(missing))}"
+    return set(operations()) - covered - NOT_OPERATIONS.keys() - PENDING - _namespaces()
+
+
+def test_every_operation_has_a_case():
+    assert not missing(), f"neither a case nor a reason: {' '.join(sorted(missing()))}"
+
+
+def test_methods_in_place_syntax_and_places_are_enumerated():
+    found = set(operations())
+    assert {"add", "fast.rope", "linalg.qr", "random.normal", "fft.fft"} <= found
+    assert {"array.sum", "array.T", "array.__setitem__", "array.__iadd__"} <= found
+    assert {"array.at.add", "array.at.multiply", "array.__matmul__", "array.__iter__"} <= found
+
+
+@pytest.mark.parametrize(
+    "where, name",
+    [
+        (mx, "frobnicate"),
+        (mx.fast, "fused_frobnicate"),
+        (mx.linalg, "frobnicate"),
+        (mx.fft, "frobnicate"),
+        (mx.random, "frobnicate"),
+        (mx.array, "frobnicate"),
+        (mx.array, "__irfrob__"),
+        (type(mx.zeros(1).at[0]), "frobnicate"),
+    ],
+    ids=["core", "fast", "linalg", "fft", "random", "methods", "in place", "at"],
+)
+def test_a_new_operation_does_not_slip_past(monkeypatch: pytest.MonkeyPatch, where: Any, name: str):
+    before = missing()
+    monkeypatch.setattr(where, name, lambda *_: None, raising=False)
+    (new,) = missing() - before
+    assert new.endswith(name)
 
 
 def test_what_has_a_case_needs_no_excuse():
