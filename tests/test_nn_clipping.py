@@ -194,3 +194,14 @@ def test_a_bound_is_missing():
     with pytest.raises(ValueError, match=r"no bound for layers\.2\.weight, layers\.2\.bias"):
         bounds = {"layers": [{"weight": 1.0, "bias": 1.0}, {}, {}]}
         clipped_grad(model, loss, bounds, per_layer=True)(model, *data)
+
+
+def test_sums_of_squares_of_a_gpu(monkeypatch):
+    x = (mx.random.normal((4, 96, 64)) * 10 ** mx.random.uniform(-9, 9, (4, 1, 1))).astype(
+        mx.bfloat16
+    )
+    want = x.astype(mx.float32).square().sum(axis=(1, 2))
+    monkeypatch.setattr(_parts._devices, "gpu", lambda *_: True)
+    got = _parts._sum_of_squares(x)
+    assert got.dtype == mx.float32 and got.shape == (4,)
+    close(got / want, mx.ones((4,)), 1e-3)

@@ -204,7 +204,8 @@ def _fused(
 ) -> list[mx.array]:
     mask = rest[0] if has_mask else "causal" if causal else None
     sinks = rest[-1] if len(rest) > has_mask else None
-    return [_raw(q, k, v, scale=scale, mask=mask, sinks=sinks, **newer)]
+    call = original(mx.fast, "scaled_dot_product_attention")
+    return [call(q, k, v, scale=scale, mask=mask, sinks=sinks, **newer)]
 
 
 def _fused_vjp(
