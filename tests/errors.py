@@ -9,11 +9,14 @@ and the transforms under the same names. tests/test_errors.py reads the same lis
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 import mlxshim
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "errors.md"
 
 
 class Mistake(NamedTuple):
@@ -171,6 +174,39 @@ MISTAKES = [
         "arguments", "vjp",
     ),
     Mistake(
+        "A custom_vjp that is called before it has its rule",
+        "custom_vjp(lambda x: x * 2)(x)",
+        "custom_vjp", "defvjp(fwd, bwd)",
+    ),
+    Mistake(
+        "A bwd that returns another number of cotangents",
+        "[f := custom_vjp(lambda x: x * 2),"
+        " f.defvjp(lambda x: (x * 2, None), lambda _, ct: (ct, ct)),"
+        " grad(lambda x: f(x).sum())(x)]",
+        "bwd", "a cotangent for each of its 1 arguments",
+    ),
+    Mistake(
+        "A bwd that returns a cotangent of another shape",
+        "[f := custom_vjp(lambda x: x * 2),"
+        " f.defvjp(lambda x: (x * 2, None), lambda _, ct: (ct[:2],)),"
+        " grad(lambda x: f(x).sum())(x)]",
+        "bwd", "of the shapes of the arguments",
+    ),
+    Mistake(
+        "Forward mode of a custom_vjp",
+        "[f := custom_vjp(lambda x: x * 2),"
+        " f.defvjp(lambda x: (x * 2, None), lambda _, ct: (ct,)),"
+        " jvp(f, (x,), (x,))]",
+        "custom_vjp", "use vjp, grad or jacrev",
+    ),
+    Mistake(
+        "A rule of a custom_jvp that returns no tangent",
+        "[f := custom_jvp(lambda x: x * 2),"
+        " f.defjvp(lambda primals, tangents: primals[0] * 2),"
+        " jvp(f, (x,), (x,))]",
+        "custom_jvp", "must return a pair (output, tangent)",
+    ),
+    Mistake(
         "A scan whose carry changes its shape",
         "scan(lambda carry, x: (np.concatenate([carry, carry]), x), x, xs)",
         "carry", "cast or reshape",
@@ -205,7 +241,7 @@ def namespace(library: str) -> dict[str, Any]:
     else:
         import jax
 
-        for name in ("vmap", "grad", "vjp", "jvp", "linear_transpose"):
+        for name in ("vmap", "grad", "vjp", "jvp", "linear_transpose", "custom_vjp", "custom_jvp"):
             names[name] = getattr(jax, name)
         for name in ("psum", "scan", "cond", "while_loop"):
             names[name] = getattr(jax.lax, name)

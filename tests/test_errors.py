@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 
 import pytest
-from errors import LEAK, MISTAKES, error_of, said
+from errors import LEAK, MISTAKES, PAGE, code, error_of, said
 
 IDS = [mistake.title for mistake in MISTAKES]
 
@@ -16,6 +16,14 @@ def test_the_message_names_and_mends(mistake):
     message = said(error_of(mistake.program, "mlxshim"), 10**4)
     assert mistake.names in message and mistake.mends in message, message
     assert ": [" in message  # the transform's own name comes first
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=IDS)
+def test_the_page_has_it(mistake):
+    """python -m tests.errors > docs/errors.md"""
+    text = PAGE.read_text("utf-8")
+    assert mistake.program in text
+    assert code(said(error_of(mistake.program, "mlxshim"), 10**4)) in text
 
 
 def builtin_kinds(error: Exception) -> set[type]:

@@ -130,6 +130,48 @@ def normalized(x: mx.array) -> Any:
 
 
 # Rules of one's own; what is in place.
+@mlxshim.custom_vjp
+def clipped(x: mx.array, limit: float) -> mx.array:
+    return x
+
+
+def clipped_fwd(x: mx.array, limit: float) -> tuple[mx.array, float]:
+    return x, limit
+
+
+def clipped_bwd(limit: float, ct: mx.array) -> tuple[mx.array, None]:
+    return mx.clip(ct, -limit, limit), None
+
+
+@mlxshim.custom_jvp
+def squared(x: mx.array) -> mx.array:
+    return x * x
+
+
+@squared.defjvp
+def squared_jvp(
+    primals: tuple[mx.array, ...], tangents: tuple[mx.array, ...]
+) -> tuple[mx.array, mx.array]:
+    return squared(*primals), 2 * primals[0] * tangents[0]
+
+
+@mlxshim.custom_vmap
+def looped(x: mx.array) -> mx.array:
+    return x + 1
+
+
+@looped.def_vmap
+def looped_rule(axis_size: int, in_batched: list[Any], x: mx.array) -> tuple[mx.array, bool]:
+    return x + axis_size, True
+
+
+clipped.defvjp(clipped_fwd, clipped_bwd)
+assert_type(clipped(x, 1.0), mx.array)
+assert_type(vmap(looped)(x), mx.array)
+assert_type(mlxshim.jvp(squared, (x,), (x,)), tuple[mx.array, mx.array])
+assert_type(mlxshim.remat(mlxshim.checkpoint(predict))(x, x), mx.array)
+
+
 @mlxshim.primitive
 def cube(x: mx.array) -> mx.array:
     return x**3
