@@ -7,6 +7,7 @@ from . import attention as attention
 from . import axes as axes
 from . import control as control
 from . import convolution as convolution
+from . import diagonals as diagonals
 from . import elementwise as elementwise
 from . import experts as experts
 from . import fourier as fourier

@@ -145,6 +145,10 @@ def __setitem__(y: mx.array, key: Any, value: Any) -> None:
     raw = original(mx.array, "__setitem__")
     if ONE_ENTRY_BUG:
         key = plain_steps(y, key)
+    nothing = _nothing(y, key)
+    if nothing is not None:
+        mx.broadcast_arrays(nothing, _array(value, y.dtype))  # which may refuse
+        return None
     apart = _apart(y, key, value) if type(key) is tuple else None
     if apart is not None:
         outer, inner, value = apart
@@ -205,6 +209,9 @@ class _At:
 
     def _apply(self, op: str, value: Any) -> mx.array:
         x, key = self._array, self._key
+        nothing = _nothing(x, key)
+        if nothing is not None:
+            return x + mx.zeros((), x.dtype)
         if ONE_ENTRY_BUG:
             key = plain_steps(x, key)
         apart = _apart(x, key, value) if type(key) is tuple else None
@@ -289,6 +296,22 @@ def _in_front(x: Any) -> Any:
 
 def _all_widened(key: Any) -> Any:
     return tuple(_widened(k) for k in key) if type(key) is tuple else _widened(key)
+
+
+def _nothing(y: mx.array, key: Any) -> mx.array | None:
+    """`y[key]`, if that has no entry: MLX's scatter of no updates misreads their shape."""
+    if y.size and not any(map(_may_be_empty, key if type(key) is tuple else (key,))):
+        return None
+    if _mask(key) is not None:
+        return None
+    part = original(mx.array, "__getitem__")(y, key)
+    return part if part.size == 0 else None
+
+
+def _may_be_empty(k: Any) -> bool:
+    if isinstance(k, slice):
+        return k.stop is not None or (k.start is not None and k.start != 0)
+    return isinstance(k, mx.array) and k.size == 0
 
 
 def _traced(*operands: Any) -> bool:

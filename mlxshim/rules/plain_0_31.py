@@ -22,7 +22,6 @@ from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ..core.versions import MLX_VERSION
-from ._fronted import fronted
 
 
 def _refuse(name: str, transform: str, why: str) -> None:
@@ -182,16 +181,3 @@ _floor_divide(mx, "floor_divide")
 _floor_divide(mx.array, "__floordiv__")
 _floor_divide(mx.array, "__rfloordiv__", reflected=True)
 _floor_divide(mx.array, "__ifloordiv__", assigns=True)
-
-
-# Mapped axes in inner places --------------------------------------------------------------------
-
-
-def _diagonal(owner: Any) -> None:
-    @intercept(owner, "diagonal")
-    def diagonal(a: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        return fronted(original(owner, "diagonal")(a, *args, **kwargs))
-
-
-for _owner in (mx, mx.array):
-    _diagonal(_owner)

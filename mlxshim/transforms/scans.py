@@ -238,6 +238,8 @@ def associative_scan(
         return [_interleaved(a, b, p) for a, b, p in zip(even, odd, places)]
 
     size = sizes.pop()
+    # Of one entry it is that entry, in an array of its own: the caller may write to either.
+    arrays = [x[...] for x in arrays]
     results = scanned(flipped(arrays) if reverse else arrays, size)
     return _flat.unflatten(slots, flipped(results) if reverse else results)
 

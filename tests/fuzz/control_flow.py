@@ -5,7 +5,7 @@ from __future__ import annotations
 from .builder import Builder, Unfit, is_floating
 from .operations import operation
 
-BODIES = ["mx.sin(p)", "p * 0.5", "mx.tanh(p) * p", "p + mx.mean({z})", "p * mx.cos({z})", "p"]
+BODIES = ["mx.sin(p)", "p * 0.5", "mx.tanh(p) * p", "p + mx.mean({z})", "p * mx.cos({z})", "p * 1"]
 
 
 def _body(b: Builder, x: str) -> str:

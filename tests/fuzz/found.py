@@ -63,4 +63,49 @@ INPUTS = [
 ]
 PRECISION, CALLS = 0.0002, 1
 """,
+    "an assignment to nothing, beside an array": """
+def program(t):
+    def f(a, d, e):
+        a[:0, (mx.arange(2) + d) % 2] = e
+        return [a * 1, a.at[:0, (mx.arange(2) + d) % 2].add(0.5)]
+
+    g = t.vmap(f, (0, None, None), [0, 0])
+    return g
+
+
+INPUTS = [
+    ("normal", (2, 2, 2), "float32"),
+    ("integers", (), "int32"),
+    ("normal", (0, 2), "float32"),
+]
+PRECISION, CALLS = 0.0002, 1
+""",
+    "the cotangent of a trace, mapped over its last axis": """
+def program(t):
+    def f(a):
+        return [mx.trace(a)]
+
+    g = t.vmap(f, (0,), [0])
+    g = t.vjp(g, [0], 1)
+    g = t.vmap(g, (None, 1), [0, 0])
+    return g
+
+
+INPUTS = [("normal", (2, 2, 2), "float32"), ("normal", (2, 2), "float32")]
+PRECISION, CALLS = 0.0002, 1
+""",
+    "a scan of one entry, whose argument is written to": """
+def program(t):
+    def f(a):
+        v2 = t.associative_scan(mx.maximum, a, axis=2)
+        a += a
+        return [a * 1, v2]
+
+    g = t.compile(f)
+    return g
+
+
+INPUTS = [("normal", (2, 2, 1), "float32")]
+PRECISION, CALLS = 0.0002, 2
+""",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import re
+import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, Phase
 from .generate import KINDS, programs
 from .worker import Worker, is_empty
 
+SHRINKING = 45  # seconds for one failure
 _PULLED = re.compile("grad|vjp")
 
 # Hypothesis repeats parts of what it has drawn, to find equal things: most of those programs are
@@ -49,8 +51,8 @@ class Search:
         self.warned: dict[str, str] = {}
         #: Digests of the programs that were run: how many of them are different.
         self.seen: set[str] = set()
-        #: How many more programs may be run to make a failing one smaller.
-        self.shrinking = 300
+        #: When what fails is small enough.
+        self.shrinks_until = 0.0
         #: The smallest failing program, and what is wrong with it.
         self.failing: tuple[str, str] | None = None
 
@@ -82,10 +84,9 @@ class Search:
             self.worker.close()
 
     def _judge(self, program: str) -> None:
-        if self.failing is not None and program != self.failing[0]:
-            if self.shrinking <= 0:  # small enough; hypothesis alone would go on for minutes
-                return
-            self.shrinking -= 1
+        wanted = self.failing is None or program == self.failing[0]
+        if not wanted and time.monotonic() > self.shrinks_until:
+            return  # hypothesis would go on for minutes
         digest = hashlib.sha256(program.encode()).hexdigest()[:12]
         if self.failing is None and digest in self.seen:
             return
@@ -101,6 +102,8 @@ class Search:
             for said in verdict.warnings:
                 self.warned.setdefault(said[:200], program)
         if verdict.failure:
+            if self.failing is None:
+                self.shrinks_until = time.monotonic() + SHRINKING
             if self.failing is None or len(program) <= len(self.failing[0]):
                 self.failing = program, verdict.failure
             raise Failing(verdict.failure)
