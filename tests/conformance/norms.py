@@ -55,11 +55,12 @@ case(
     normal(3, 8),
     normal(8),
 )
+# Rows of 16 bytes: of others MLX's own gradient, which the loop takes, is wrong on CUDA.
 case(
     "fast.layer_norm/wider bias",
     lambda x, w, b: mx.fast.layer_norm(x.astype(mx.float16), w.astype(mx.float16), b, 1e-5),
-    normal(4, 6),
-    normal(6),
-    normal(6),
+    normal(4, 8),
+    normal(8),
+    normal(8),
     tolerance=2e-2,
 )

