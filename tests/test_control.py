@@ -11,7 +11,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxshim import grad, jvp, value_and_grad, vmap
+from mlxshim import checkpoint, grad, jvp, value_and_grad, vmap, while_loop
 
 
 def rand(*shape):
@@ -161,6 +161,18 @@ def test_what_a_checkpoint_captures():
     with pytest.warns(UserWarning, match="neither an argument"):
         got = grad(lambda x: vmap(lambda x, w: loss(x, w, mx.checkpoint))(x, w).sum())(x)
     same(got, want)
+
+
+def test_a_loop_in_a_checkpoint_that_would_not_end_at_zero():
+    def f(x):
+        return while_loop(lambda s: s < 10, lambda s: s * 2, x)
+
+    x = mx.array([1.0, 3.0, 20.0])
+    want = mx.array([16.0, 4.0, 1.0])
+    same(vmap(grad(lambda x: mx.checkpoint(f)(x)))(x), want)
+    same(grad(lambda x: vmap(lambda x: mx.checkpoint(f)(x))(x).sum())(x), want)
+    same(vmap(grad(checkpoint(f)))(x), want)
+    same(grad(lambda x: vmap(checkpoint(f))(x).sum())(x), want)
 
 
 def test_as_mlx_lm_checkpoints_a_layer():

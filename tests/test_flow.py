@@ -266,6 +266,32 @@ def test_mapped_pairs_of_axes_against_jax(jax):
     same(under(OURS), under(jax))
 
 
+NUMBERS = {
+    "scan, int": lambda lib, x: lib.lax.scan(lambda c, x: (c + x, c), 0, x),
+    "scan, half": lambda lib, x: lib.lax.scan(
+        lambda c, x: (c + x, c), 0.0, x.astype(lib.np.float16)
+    ),
+    "scan, tree": lambda lib, x: lib.lax.scan(
+        lambda c, x: ({"a": c["a"] * x, "b": (c["b"][0] + 1,)}, 1), {"a": 2, "b": (3,)}, x
+    ),
+    "scan, list": lambda lib, x: tuple(lib.lax.scan(lambda c, x: (c, x), x[0], x)),
+    "scan, bool": lambda lib, x: lib.lax.scan(lambda c, x: (c, x > 0), True, x),
+    "while": lambda lib, x: lib.lax.while_loop(lambda c: c < 3, lambda c: c + 0.5, 0),
+    "while, array": lambda lib, x: lib.lax.while_loop(lambda c: c < 3, lambda c: c + x[0] ** 2, 0),
+    "fori": lambda lib, x: lib.lax.fori_loop(0, 3, lambda i, c: c + 0.5, 0),
+    "fori, unrolled": lambda lib, x: lib.lax.fori_loop(0, 3, lambda i, c: c + i, 0, unroll=True),
+    "fori, mapped": lambda lib, x: lib.vmap(
+        lambda x: lib.lax.fori_loop(0, 3, lambda i, c: c + x, 0)
+    )(x),
+    "cond, no operand": lambda lib, x: lib.lax.cond(True, lambda _: x, lambda _: -x, operand=None),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_take_the_dtype_of_what_they_meet(jax, name):
+    same(NUMBERS[name](OURS, values(OURS, 3)), NUMBERS[name](jax, values(jax, 3)), 1e-3)
+
+
 # What JAX leaves to NaN, and hangs on ---------------------------------------------------------
 
 
@@ -525,6 +551,26 @@ MISTAKES = {
         lambda: vmap(lambda y: cond(y > 0, lambda: {"a": y}, lambda: [y]))(x),
         TypeError,
         "a list of 1 in place of a dict",
+    ),
+    "branch number": (
+        lambda: vmap(lambda y: cond(y > 0, lambda: 1, lambda: 2.5))(x),
+        TypeError,
+        r"float32\[\] in place of int32\[\]",
+    ),
+    "branch bool": (
+        lambda: vmap(lambda y: cond(y > 0, lambda: True, lambda: 1))(x),
+        TypeError,
+        r"int32\[\] in place of bool\[\]",
+    ),
+    "while number": (
+        lambda: while_loop(lambda s: s < 3, lambda s: 2.5, mx.array(0)),
+        TypeError,
+        r"float32\[\] in place of int32\[\]",
+    ),
+    "while int": (
+        lambda: while_loop(lambda s: 3 - s, lambda s: s + 1, mx.array(0)),
+        TypeError,
+        r"a bool scalar, found int32\[\]",
     ),
     "switch index": (lambda: mlxshim.switch(x[0], [mx.sin], x), TypeError, "an integer"),
     "no branches": (lambda: mlxshim.switch(0, [], x), ValueError, "branches is empty"),

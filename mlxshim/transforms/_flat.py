@@ -28,6 +28,17 @@ def is_number(leaf: Any) -> bool:
     )
 
 
+def becomes(number: Any, dtype: mx.Dtype) -> bool:
+    """Whether a Python number may be of that dtype: nothing is cut off."""
+    if isinstance(number, bool):
+        return dtype == mx.bool_
+    if isinstance(number, int):
+        return dtype != mx.bool_
+    if isinstance(number, float):
+        return mx.issubdtype(dtype, mx.inexact)
+    return isinstance(number, complex) and mx.issubdtype(dtype, mx.complexfloating)
+
+
 def as_arrays(tree: Any) -> Any:
     """`tree` with numbers made arrays."""
     return trees.map_leaves(lambda x: mx.array(x) if is_number(x) else x, tree)
@@ -81,7 +92,7 @@ def _array_like(
 ) -> mx.array:
     example = example if isinstance(example, mx.array) else mx.array(example)
     if is_number(leaf):
-        leaf = mx.array(leaf, example.dtype) if isinstance(leaf, (int, float)) else mx.array(leaf)
+        leaf = mx.array(leaf, example.dtype if becomes(leaf, example.dtype) else None)
     if not isinstance(leaf, mx.array) or leaf.shape != example.shape or leaf.dtype != example.dtype:
         raise complain(f"{_at(path)} is {describe(leaf)} in place of {describe(example)}")
     return leaf

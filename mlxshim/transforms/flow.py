@@ -19,8 +19,10 @@ from ..core.closures import Closure
 from ..core.interception import intercepted
 from . import _flat, _loops
 from ._select import gate, select
+from .shapes import first_carry
 
 T = TypeVar("T")
+_ABSENT: Any = object()  # None is an operand
 
 
 # Branches --------------------------------------------------------------------------------------
@@ -31,7 +33,7 @@ def cond(
     true_fun: Callable[..., T],
     false_fun: Callable[..., T],
     *operands: Any,
-    operand: Any = None,
+    operand: Any = _ABSENT,
 ) -> T:
     """`true_fun(*operands)` if `pred`, else `false_fun(*operands)`.
 
@@ -59,7 +61,7 @@ def cond(
 
     Semantics after `jax.lax.cond`.
     """
-    if operand is not None:
+    if operand is not _ABSENT:
         if operands:
             raise TypeError("[cond] Give operands by position or `operand` by keyword, not both.")
         operands = (operand,)
@@ -77,7 +79,7 @@ def cond(
 
 
 def switch(
-    index: Any, branches: Sequence[Callable[..., T]], *operands: Any, operand: Any = None
+    index: Any, branches: Sequence[Callable[..., T]], *operands: Any, operand: Any = _ABSENT
 ) -> T:
     """`branches[index](*operands)`; an index that is out of range is clamped into it.
 
@@ -100,7 +102,7 @@ def switch(
 
     Semantics after `jax.lax.switch`.
     """
-    if operand is not None:
+    if operand is not _ABSENT:
         operands = (*operands, operand)
     if not branches:
         raise ValueError("[switch] branches is empty: give at least one function.")
@@ -219,7 +221,7 @@ def while_loop(cond_fun: Callable[[T], Any], body_fun: Callable[[T], T], init_va
 
 
 def _while(function: str, cond_fun: Any, body_fun: Any, init_val: Any) -> Any:
-    val = _flat.as_arrays(init_val)
+    val = first_carry(init_val, body_fun)
     around = _loops.mask()
     if not levels.is_abstract():
         while True:
@@ -239,13 +241,11 @@ def _while(function: str, cond_fun: Any, body_fun: Any, init_val: Any) -> Any:
 def _predicate(function: str, go: Any, around: mx.array | None) -> mx.array:
     if not isinstance(go, mx.array) and _flat.is_number(go):
         go = mx.array(go)
-    if not isinstance(go, mx.array) or go.ndim:
+    if not isinstance(go, mx.array) or go.ndim or go.dtype != mx.bool_:
         raise TypeError(
-            f"[{function}] cond_fun must return a bool scalar, found {_flat.describe(go)}: reduce "
-            "it with mx.any or mx.all."
+            f"[{function}] cond_fun must return a bool scalar, found {_flat.describe(go)}: compare "
+            "it with something, and reduce it with mx.any or mx.all."
         )
-    if go.dtype != mx.bool_:
-        go = go != 0
     return go if around is None else mx.logical_and(go, around)
 
 
@@ -291,7 +291,14 @@ def _deferred(function: str, cond_fun: Any, body_fun: Any, val: Any) -> Any:
     return _flat.unflatten(slots, loop(go, *consts, *carry))
 
 
-def fori_loop(lower: Any, upper: Any, body_fun: Callable[[mx.array, T], T], init_val: T) -> T:
+def fori_loop(
+    lower: Any,
+    upper: Any,
+    body_fun: Callable[[mx.array, T], T],
+    init_val: T,
+    *,
+    unroll: int | bool | None = None,
+) -> T:
     """`for i in range(lower, upper): val = body_fun(i, val)`, from `init_val`; the last `val`.
 
     Args:
@@ -299,6 +306,7 @@ def fori_loop(lower: Any, upper: Any, body_fun: Callable[[mx.array, T], T], init
         upper: Likewise; a mapped one gives each sample its own number of rounds.
         body_fun: A function of the index, an int32 scalar, and the value.
         init_val: An array or a tree of arrays, whose form `body_fun` keeps.
+        unroll: Taken for JAX's sake.
 
     Raises:
         TypeError: a bound is no integer scalar, or the value changes its form.
@@ -321,7 +329,7 @@ def fori_loop(lower: Any, upper: Any, body_fun: Callable[[mx.array, T], T], init
     start = _scalar(lower, "fori_loop", "lower", integer=True)
     stop = _scalar(upper, "fori_loop", "upper", integer=True)
     if start is not None and stop is not None:
-        val = _flat.as_arrays(init_val)
+        val = first_carry(init_val, lambda val: body_fun(mx.array(start), val))
         for i in range(start, stop):
             val = _next("fori_loop", body_fun(mx.array(i), val), val)
         return val

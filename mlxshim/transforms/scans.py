@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..core import trees
 from . import _flat
-from .shapes import eval_shape
+from .shapes import eval_shape, first_carry
 from .vmap import vmap
 
 C = TypeVar("C")
@@ -54,7 +54,8 @@ def scan(
     columns, slots = _steps("scan", xs, length)
     size = len(columns[0]) if columns else length
     assert size is not None
-    carry = _flat.as_arrays(init)
+    example = _flat.unflatten(slots, [mx.zeros(x.shape[1:], x.dtype) for x in _flat.flatten(xs)[0]])
+    carry = first_carry(init, lambda carry: _pair(f(carry, example))[0])
     rows: list[list[mx.array]] = []
     form: Any = None
     y_slots: Any = None
@@ -69,9 +70,6 @@ def scan(
         arrays, y_slots = _flat.flatten(y)
         rows.append(arrays)
     if not rows:
-        example = _flat.unflatten(
-            slots, [mx.zeros(x.shape[1:], x.dtype) for x in _flat.flatten(xs)[0]]
-        )
         _, y = _pair(eval_shape(f, carry, example))
         return carry, trees.map_leaves(
             lambda s: mx.zeros((0, *s.shape), s.dtype) if hasattr(s, "shape") else s, y
@@ -112,12 +110,12 @@ def _steps(function: str, xs: Any, length: int | None) -> tuple[list[list[mx.arr
 
 
 def _pair(result: Any) -> tuple[Any, Any]:
-    if not isinstance(result, tuple) or len(result) != 2:
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
         raise TypeError(
             f"[scan] f must return a pair (carry, y), found {_flat.describe(result)}: return "
             "(carry, None) where there is no y."
         )
-    return result
+    return result[0], result[1]
 
 
 def _kept(new: Any, old: Any) -> Any:

@@ -119,3 +119,36 @@ def _shape(leaf: Any) -> Any:
     if _flat.is_number(leaf):
         leaf = mx.array(leaf)
     return ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, mx.array) else leaf
+
+
+def first_carry(init: Any, step: Callable[[Any], Any]) -> Any:
+    """`init` with numbers as arrays, of the dtype that `step` gives back in their place.
+
+    A number has no dtype of its own: where JAX calls its type weak, the carry gets that of what it
+    is added to.
+    """
+    arrays = _flat.as_arrays(init)
+    numbers = [x for _, x in trees.leaves(init) if isinstance(x, (int, float, complex))]
+    if all(isinstance(x, bool) for x in numbers):
+        return arrays
+    for start in (init, arrays):
+        try:
+            after = eval_shape(step, start)
+        except Exception:  # whatever is wrong is wrong again where it is used, and said there
+            continue
+        return _typed(init, after)
+    return arrays
+
+
+def _typed(node: Any, after: Any) -> Any:
+    below, others = trees.children(node), trees.children(after)
+    if below is None:
+        if (
+            isinstance(node, (int, float, complex))
+            and isinstance(after, ShapeDtypeStruct)
+            and _flat.becomes(node, after.dtype)
+        ):
+            return mx.array(node, after.dtype)
+        return _flat.as_arrays(node)
+    by_key = dict(others or ())
+    return trees.rebuild(node, [_typed(child, by_key.get(key)) for key, child in below])
