@@ -5,6 +5,7 @@ import mlx.core as mx
 from ..core.versions import MLX
 from . import attention as attention
 from . import axes as axes
+from . import complex as complex
 from . import control as control
 from . import convolution as convolution
 from . import diagonals as diagonals

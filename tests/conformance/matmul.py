@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 
+from mlxshim.core.versions import MLX
 from mlxshim.testing import MODES
 
 from .case import booleans, case, normal, uniform
@@ -47,24 +50,27 @@ def blocks(out: bool, lhs: bool, rhs: bool):
     return fun
 
 
+def _masked(name: str, *arguments: Any) -> None:
+    # The CPU's kernel of 0.31 takes float32 alone, and says so from its own thread, late.
+    case(f"block_masked_mm/{name}", *arguments, half=MLX >= (0, 32, 0))
+
+
 A, B = normal(40, 33), normal(33, 35)
-case("block_masked_mm/out", blocks(True, False, False), A, B, booleans(2, 2))
-case("block_masked_mm/operands", blocks(False, True, True), A, B, booleans(2, 2), booleans(2, 2))
-case("block_masked_mm/lhs", blocks(False, True, False), A, B, booleans(2, 2))
-case("block_masked_mm/rhs", blocks(False, False, True), A, B, booleans(2, 2))
-case("block_masked_mm/floating", blocks(False, True, True), A, B, uniform(2, 2), uniform(2, 2))
-case("block_masked_mm/floating out", blocks(True, False, False), A, B, uniform(2, 2))
-case(
-    "block_masked_mm/batched",
+_masked("out", blocks(True, False, False), A, B, booleans(2, 2))
+_masked("operands", blocks(False, True, True), A, B, booleans(2, 2), booleans(2, 2))
+_masked("lhs", blocks(False, True, False), A, B, booleans(2, 2))
+_masked("rhs", blocks(False, False, True), A, B, booleans(2, 2))
+_masked("floating", blocks(False, True, True), A, B, uniform(2, 2), uniform(2, 2))
+_masked("floating out", blocks(True, False, False), A, B, uniform(2, 2))
+_masked(
+    "batched",
     blocks(True, False, False),
     normal(2, 34, 8),
     normal(8, 33),
     booleans(2, 2, 2),
 )
-case("block_masked_mm/no mask", blocks(False, False, False), normal(3, 4), normal(4, 5))
-case(
-    "block_masked_mm/vector", blocks(False, False, True), normal(40), normal(40, 35), booleans(2, 2)
-)
+_masked("no mask", blocks(False, False, False), normal(3, 4), normal(4, 5))
+_masked("vector", blocks(False, False, True), normal(40), normal(40, 35), booleans(2, 2))
 
 case("hadamard_transform", lambda x: mx.hadamard_transform(x), normal(3, 8))
 case("hadamard_transform/scale", lambda x: mx.hadamard_transform(x, scale=0.3), normal(3, 12))

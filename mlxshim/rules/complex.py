@@ -1,0 +1,164 @@
+"""Gradients of complex numbers: powers, and before 0.32.4 the elementary functions.
+
+The pullback of a holomorphic f is c -> conj(f'(z)) c, MLX's convention and PyTorch's. That of MLX's
+powers multiplies by f'(z) itself, on every version so far, and up to 0.32.0 so does that of many
+functions of one argument. Real arrays are MLX's own.
+
+Source: mlx/primitives.cpp, `Power::vjp`, `Cos::vjp`, …
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from ..core import levels
+from ..core.interception import intercept, original
+from ..core.primitive import Arrays, Axes, Primitive
+from ..core.versions import MLX, MLX_VERSION
+from ._folding import sum_to
+
+#: f'(z), given z and y = f(z).
+DERIVATIVES: dict[str, Callable[[mx.array, mx.array], mx.array]] = {
+    "exp": lambda z, y: y,
+    "log": lambda z, y: 1 / z,
+    "log1p": lambda z, y: 1 / (1 + z),
+    "log2": lambda z, y: (1 / math.log(2)) / z,
+    "log10": lambda z, y: (1 / math.log(10)) / z,
+    "sin": lambda z, y: mx.cos(z),
+    "cos": lambda z, y: -mx.sin(z),
+    "tan": lambda z, y: 1 + y * y,
+    "sinh": lambda z, y: mx.cosh(z),
+    "cosh": lambda z, y: mx.sinh(z),
+    "tanh": lambda z, y: 1 - y * y,
+    "arcsin": lambda z, y: 1 / mx.sqrt(1 - z * z),
+    "arccos": lambda z, y: -1 / mx.sqrt(1 - z * z),
+    "arctan": lambda z, y: 1 / (1 + z * z),
+    "arcsinh": lambda z, y: 1 / mx.sqrt(1 + z * z),
+    "arccosh": lambda z, y: 1 / (mx.sqrt(z - 1) * mx.sqrt(z + 1)),
+    "arctanh": lambda z, y: 1 / (1 - z * z),
+    "sqrt": lambda z, y: 0.5 / y,
+    "rsqrt": lambda z, y: -0.5 * y / z,
+    "square": lambda z, y: 2 * z,
+}
+
+
+def _value(*arrays: mx.array, name: str) -> list[mx.array]:
+    # Of a node that has the derivatives.
+    return [original(mx, name)(*(mx.stop_gradient(x) for x in arrays))]
+
+
+def _bind(*arrays: mx.array, name: str) -> mx.array:
+    bound = function if "vmap" in levels.active() else function.differentiable
+    return bound(*arrays, name=name)[0]
+
+
+def _slopes(arrays: Arrays, y: mx.array, name: str) -> list[mx.array]:
+    """The derivative with respect to each argument."""
+    if name != "power":
+        return [DERIVATIVES[name](arrays[0], y)]
+    z, w = arrays
+    return [w * _bind(z, w - 1, name="power"), y * mx.log(z)]
+
+
+def _batch(size: int, arrays: Arrays, axes: Axes, *, name: str) -> tuple[list[mx.array], list[int]]:
+    ndim = max(x.ndim - (axis is not None) for x, axis in zip(arrays, axes))
+    moved = []
+    for x, axis in zip(arrays, axes):
+        if axis is not None:
+            x = mx.moveaxis(x, axis, 0)
+            x = mx.reshape(x, (size, *(1,) * (1 + ndim - x.ndim), *x.shape[1:]))
+        moved.append(x)
+    return [_bind(*moved, name=name)], [0]
+
+
+def _vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays, *, name: str) -> list[mx.array]:
+    slopes = _slopes(primals, outputs[0], name)
+    return [sum_to(cotangents[0] * mx.conjugate(s), x.shape) for s, x in zip(slopes, primals)]
+
+
+def _jvp(primals: Arrays, tangents: Any, *, name: str) -> list[mx.array]:
+    y = _bind(*primals, name=name)
+    terms = [s * t for s, t in zip(_slopes(primals, y, name), tangents) if t is not None]
+    return [mx.broadcast_to(sum(terms[1:], terms[0]), y.shape)]
+
+
+function = Primitive(
+    "complex function", decomposition=_value, lowering=_value, batch=_batch, vjp=_vjp, jvp=_jvp
+)
+
+
+def _is_complex(*operands: Any) -> bool:
+    return any(
+        x.dtype == mx.complex64 if isinstance(x, mx.array) else isinstance(x, complex)
+        for x in operands
+    )
+
+
+def _differentiated() -> bool:
+    stack = levels.active()
+    return "grad" in stack or "jvp" in stack
+
+
+# Functions of one argument ------------------------------------------------------------------------
+
+
+def _unary(owner: Any, name: str) -> None:
+    @intercept(owner, name)
+    def call(a: Any, *args: Any, **kwargs: Any) -> mx.array:
+        raw = original(owner, name)
+        if not (_differentiated() and isinstance(a, mx.array) and a.dtype == mx.complex64):
+            return raw(a, *args, **kwargs)
+        stream = kwargs.get("stream")
+        if stream is None:
+            return _bind(a, name=name)
+        with mx.stream(stream):
+            return _bind(a, name=name)
+
+
+if MLX < (0, 32, 4):
+    for _name in DERIVATIVES:
+        for _owner in (mx, mx.array):
+            if hasattr(_owner, _name):
+                _unary(_owner, _name)
+
+
+# Powers -------------------------------------------------------------------------------------------
+
+
+def power(a: Any, b: Any) -> mx.array | None:
+    """`a ** b` where it is complex and differentiated, else None."""
+    if not (_differentiated() and _is_complex(a, b)):
+        return None
+    if MLX < (0, 32, 0):
+        raise NotImplementedError(
+            f"[power] of complex numbers under a derivative needs MLX 0.32 (this is {MLX_VERSION})."
+        )
+    z, w = (
+        (x if isinstance(x, mx.array) else mx.array(x, mx.complex64)).astype(mx.complex64)
+        for x in (a, b)
+    )
+    return _bind(z, w, name="power")
+
+
+def _power(owner: Any, name: str) -> None:
+    @intercept(owner, name)
+    def call(a: Any, b: Any, *args: Any, **kwargs: Any) -> mx.array:
+        found = power(b, a) if name == "__rpow__" else power(a, b)
+        if found is None:
+            return original(owner, name)(a, b, *args, **kwargs)
+        if name != "__ipow__":
+            return found
+        original(mx.array, "__setitem__")(a, None, found)  # the same array object
+        return a
+
+
+if MLX >= (0, 32, 0):  # plain_0_31.py has them
+    for _owner, _name in ((mx, "power"), (mx, "pow"), (mx.array, "__pow__")):
+        if hasattr(_owner, _name):
+            _power(_owner, _name)
+    _power(mx.array, "__ipow__")
+_power(mx.array, "__rpow__")

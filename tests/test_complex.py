@@ -1,0 +1,94 @@
+"""Derivatives through complex numbers, against differences: old versions' own are no oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlxshim import jvp, vjp, vmap
+from mlxshim.core.versions import MLX
+from mlxshim.rules.complex import DERIVATIVES
+
+Fun = Callable[[mx.array, mx.array], Any]
+
+
+def _named(name: str) -> Fun:
+    return lambda z, w: getattr(mx, name)(z)
+
+
+def _in_place(z: mx.array, w: mx.array) -> mx.array:
+    z = z + 0
+    z **= w
+    return z
+
+
+FUNCTIONS: dict[str, Fun] = {name: _named(name) for name in (*DERIVATIVES, "abs", "reciprocal")}
+FUNCTIONS |= {"multiply": lambda z, w: z * w, "divide": lambda z, w: z / w}
+POWERS: dict[str, Fun] = {
+    "power": lambda z, w: mx.power(z, w),
+    "square": lambda z, w: z**2,
+    "real base": lambda z, w: 2.5**z,
+    "real exponent": lambda z, w: z ** mx.real(w),
+    "rows": lambda z, w: z ** w[0],
+    "in place": _in_place,
+}
+
+
+def _parts(fun: Fun, a: mx.array, b: mx.array, c: mx.array, d: mx.array) -> list[mx.array]:
+    y = fun(a + 1j * b, c + 1j * d)
+    return [mx.real(y), mx.imag(y)] if y.dtype == mx.complex64 else [y]
+
+
+def _check(fun: Fun) -> None:
+    mx.random.seed(3)
+    xs = [mx.random.uniform(0.3, 0.7, (3, 2, 3)) for _ in range(4)]
+    vs = [mx.random.normal(x.shape) for x in xs]
+    step = 2e-3
+
+    def of(*xs: mx.array) -> list[mx.array]:
+        return _parts(fun, *xs)
+
+    def moved(by: float) -> list[mx.array]:
+        samples = [of(*(x[n] + by * v[n] for x, v in zip(xs, vs))) for n in range(3)]
+        return [mx.stack(list(parts)) for parts in zip(*samples)]
+
+    want = [(up - down) / (2 * step) for up, down in zip(moved(step), moved(-step))]
+    cotangents = [mx.random.normal(y.shape) for y in want]
+    tangents = vmap(lambda xs, vs: jvp(of, xs, vs)[1])(xs, vs)
+    pulled = vmap(lambda xs, cs: vjp(of, xs, cs)[1])(xs, cotangents)
+    alone = vjp(of, [x[0] for x in xs], [c[0] for c in cotangents])[1]
+    for got, y in zip(tangents, want):
+        assert mx.allclose(got, y, rtol=2e-2, atol=2e-2)
+    by_vjp = sum(mx.sum(g * v, axis=(1, 2)) for g, v in zip(pulled, vs))
+    by_differences = sum(mx.sum(c * y, axis=(1, 2)) for c, y in zip(cotangents, want))
+    assert mx.allclose(by_vjp, by_differences, rtol=2e-2, atol=3e-2)  # pyright: ignore
+    for got, one in zip(pulled, alone):
+        assert mx.allclose(got[0], one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name: str):
+    _check(FUNCTIONS[name])
+
+
+@pytest.mark.parametrize("name", POWERS)
+def test_powers(name: str):
+    if MLX < (0, 32, 0):
+        with pytest.raises(NotImplementedError, match=r"needs MLX 0\.32"):
+            _check(POWERS[name])
+    else:
+        _check(POWERS[name])
+
+
+@pytest.mark.skipif(MLX < (0, 32, 0), reason="is refused there")
+def test_second_derivative_of_a_power():
+    z, v = mx.array([0.3 + 0.4j]), mx.array([1.0 + 0.5j])
+
+    def slope(z: mx.array) -> mx.array:
+        return jvp(lambda z: z**3, [z], [v])[1][0]
+
+    got = jvp(slope, [z], [v])[1][0]
+    assert mx.allclose(mx.abs(got - 6 * z * v * v), mx.zeros(1), atol=1e-4)
