@@ -126,7 +126,9 @@ def main() -> None:
                 # What is concatenated, and its scores where nothing is fused.
                 copies = 0 if name.startswith("mlxshim") else rows if name != "loop" else 1
                 scores = copies * HEADS * options.length * prompt * DTYPE.size
-                if copies * sum(x.nbytes for x in one) * 2 + 2 * scores > options.gib * 2**30:
+                beyond = copies * KV_HEADS * (prompt + options.own) * DIM >= 2**31  # MLX's indices
+                size = copies * sum(x.nbytes for x in one) * 2 + 2 * scores
+                if beyond or size > options.gib * 2**30:
                     row["note"] = "would not fit"
                     print(f"prompt {prompt:6d} rows {rows:4d} {name:<20} would not fit")
                     continue

@@ -27,14 +27,17 @@ MORE = [
 ALL = [*CASES, *MORE]
 
 
+def set_sizes(monkeypatch, *sizes):
+    for name, size in zip(("ROWS", "KEYS", "BYTES"), sizes):
+        monkeypatch.setattr(attention_blocks, name, size)
+        monkeypatch.setattr(attention_blocks, f"{name}_GPU", size)
+
+
 @pytest.fixture(params=SIZES, ids=["cut", "one-head", "whole"], autouse=True)
 def small(request, monkeypatch):
     """Small blocks, whatever the budget says, and a count of how often they serve."""
     rows, keys, size = request.param
-    monkeypatch.setattr(attention_blocks, "ROWS", rows)
-    monkeypatch.setattr(attention_blocks, "KEYS", keys)
-    monkeypatch.setattr(attention_blocks, "BYTES", size)
-    monkeypatch.setattr(attention_blocks, "BYTES_GPU", size)
+    set_sizes(monkeypatch, rows, keys, size)
     monkeypatch.setattr(rules, "_fuses", lambda *_: False)
     calls = {"forward": 0, "backward": 0, "mask": 0}
 
@@ -274,10 +277,7 @@ def test_the_budget_decides(small):
 
 
 def test_memory_is_linear_in_the_length(small, monkeypatch):
-    monkeypatch.setattr(attention_blocks, "ROWS", 128)
-    monkeypatch.setattr(attention_blocks, "KEYS", 128)
-    monkeypatch.setattr(attention_blocks, "BYTES", 1 << 18)
-    monkeypatch.setattr(attention_blocks, "BYTES_GPU", 1 << 18)
+    set_sizes(monkeypatch, 128, 128, 1 << 18)
 
     def loss(q, k):
         return mx.fast.scaled_dot_product_attention(q, k, k, scale=0.3, mask="causal").sum()

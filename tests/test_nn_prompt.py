@@ -134,6 +134,47 @@ def test_rows_in_a_leading_dimension():
     assert_close([in_parts(q, pk[None], pv[None], k, v)], want, mx.float32)
 
 
+def test_rows_in_a_leading_dimension_of_each_sample():
+    samples = [arguments(lead=(ROWS,)) for _ in range(2)]
+    for xs in samples:
+        xs[1:3] = [x[0] for x in xs[1:3]]
+    arrays = [mx.stack(xs) for xs in zip(*samples)]
+    by_row = (0, None, None, 0, 0)
+
+    def meant(*xs):
+        return loop(lambda *ys: [concatenated(*ys)], xs, by_row)[0]
+
+    for mapped in ((0,) * 5, (0, 0, None, 0, 0), by_row):
+        given = [x if a == 0 else x[0] for x, a in zip(arrays, mapped)]
+        got = mlxshim.vmap(in_parts, in_axes=mapped)(*given)
+        assert_close([got], loop(lambda *xs: [meant(*xs)], given, mapped), mx.float32)
+        got = mlxshim.vmap(gradients(in_parts, mlxshim), in_axes=mapped)(*given)
+        assert_close(got, loop(gradients(meant, mx), given, mapped), mx.float32)
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_the_lowering_of_a_gpu(limit, monkeypatch):
+    """Little is copied for a fused call, much is not; here by the operations of this device."""
+    raw, calls = mx.fast.scaled_dot_product_attention, []
+
+    def counted(*args, **kwargs):
+        calls.append(args[1].shape)
+        return raw(*args, **kwargs)
+
+    monkeypatch.setattr(attention_parts._devices, "gpu", lambda stream=None: True)
+    monkeypatch.setattr(attention_parts, "SMALL_COPY", limit)
+    monkeypatch.setattr(attention_parts, "original", lambda *_: counted)
+    for length in (1, 3):
+        arrays = arguments(lead=(ROWS,), length=length)
+        arrays[1:3] = [x[0] for x in arrays[1:3]]
+        axes = (0, None, None, 0, 0)
+        got = mlxshim.vmap(in_parts, in_axes=axes)(*arrays)
+        assert_close([got], loop(lambda *xs: [concatenated(*xs)], arrays, axes), mx.float32)
+        got = mlxshim.vmap(gradients(in_parts, mlxshim), in_axes=axes)(*arrays)
+        assert_close(got, loop(gradients(concatenated, mx), arrays, axes), mx.float32)
+    assert set(calls) == ({(ROWS, 2, PROMPT + OWN, DIM)} if limit else set())
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 def test_half_precision(dtype):
     arrays = arguments(lead=(ROWS,), length=2, dtype=dtype)

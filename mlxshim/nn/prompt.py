@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from ..core import levels
 from ..rules._dtypes import promoted
-from ..rules.attention_parts import part
+from ..rules.attention_parts import prompt as of_prompt
 
 
 def prompt_attention(
@@ -61,25 +61,10 @@ def prompt_attention(
     """
     arrays = _checked(queries, *prompt, keys, values)
     *lead, heads, length, _ = queries.shape
-    q, shared_k, shared_v, k, v = (mx.reshape(x, (-1, *x.shape[-3:])) for x in arrays)
-    rows = q.shape[0]
-    if shared_k.shape[0] == rows:
-        out, total = _part(q, shared_k, shared_v, scale, False)
-    else:  # (rows, heads, length, dim) -> (1, heads, rows * length, dim)
-        together = mx.flatten(mx.swapaxes(q, 0, 1), 1, 2)[None]
-        out, total = (
-            mx.swapaxes(mx.unflatten(x[0], 1, (rows, length)), 0, 1)
-            for x in _part(together, shared_k, shared_v, scale, False)
-        )
-    own, own_total = _part(q, k, v, scale, length > 1)
-    weight = mx.sigmoid(total - own_total)
-    merged = own + weight * (out - own)
-    return mx.reshape(merged.astype(q.dtype), (*lead, heads, length, -1))
-
-
-def _part(q: mx.array, k: mx.array, v: mx.array, scale: float, causal: bool) -> list[mx.array]:
-    bind = part if "vmap" in levels.active() else part.differentiable
-    return bind(q, k, v, scale=float(scale), causal=causal, has_mask=False)
+    flat = [mx.reshape(x, (-1, *x.shape[-3:])) for x in arrays]
+    bind = of_prompt if "vmap" in levels.active() else of_prompt.differentiable
+    out = bind(*flat, scale=float(scale))[0]
+    return mx.reshape(out, (*lead, heads, length, -1))
 
 
 def _checked(*arrays: mx.array) -> list[mx.array]:

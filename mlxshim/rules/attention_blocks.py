@@ -35,9 +35,10 @@ from ..core.primitive import Node
 from . import _devices
 from .attention_plain import FLOOR
 
-#: Query rows of a block, its keys, and its bytes in all heads together.
-ROWS, KEYS = 256, 512
-BYTES, BYTES_GPU = 4 << 20, 64 << 20
+#: Query rows of a block, its keys, and its bytes in all heads together: on a CPU those that its
+#: cache holds, on a GPU enough work for a kernel.
+ROWS, KEYS, BYTES = 256, 512, 4 << 20
+ROWS_GPU, KEYS_GPU, BYTES_GPU = 1024, 1024, 256 << 20
 
 Part = tuple[slice, slice]  # sequences, K/V heads
 Span = tuple[int, int]
@@ -60,9 +61,10 @@ def tiles(q: mx.array, k: mx.array) -> Tiles:
     batch, heads, length, _ = q.shape
     kv_heads, keys = k.shape[1:3]
     group = heads // kv_heads
-    most = (BYTES_GPU if _devices.gpu() else BYTES) // 4
-    rows, columns = min(length, ROWS), min(keys, KEYS)
-    room = max(1, most // max(1, rows * group * columns))  # for so many K/V heads
+    gpu = _devices.gpu()
+    r, c, size = (ROWS_GPU, KEYS_GPU, BYTES_GPU) if gpu else (ROWS, KEYS, BYTES)
+    rows, columns = min(length, r), min(keys, c)
+    room = max(1, size // 4 // max(1, rows * group * columns))  # for so many K/V heads
     if room < kv_heads:
         return Tiles(1, room, rows, columns)
     return Tiles(min(batch, room // kv_heads), kv_heads, rows, columns)

@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from ..core import levels, native
 from ..core.primitive import Arrays, Axes, Node
+from . import _devices
 from . import attention_blocks as blocks
 from ._opaque import Opaque
 from .attention_folds import batch, fold, fold_into_batch, fold_into_heads, sinks_mapped, unfold
@@ -25,11 +26,26 @@ from .attention_plain import decompose, decompose_vjp
 
 # The budget ------------------------------------------------------------------------------------
 
-#: Bytes of scores in one call. A training step holds about three times as many for the call at
-#: work, and once as many for each layer that waits for its backward pass.
-DEFAULT_BUDGET = 512 << 20
+#: Bytes of scores in one call, and the part of a GPU's memory that they may take instead. A step of
+#: training holds about three times as many for the call at work, and once as many for each layer
+#: that waits for its backward pass.
+DEFAULT_BUDGET, PART_OF_GPU = 512 << 20, 1 / 16
 
-_budget: ContextVar[float] = ContextVar("attention_budget", default=DEFAULT_BUDGET)
+_budget: ContextVar[float | None] = ContextVar("attention_budget", default=None)
+
+
+def _default_budget() -> float:
+    return _part_of_memory() if _devices.gpu() else DEFAULT_BUDGET
+
+
+@functools.cache
+def _part_of_memory() -> float:
+    try:
+        info = mx.device_info()
+    except (AttributeError, TypeError, RuntimeError):
+        info = {}
+    size: Any = info.get("memory_size") or info.get("total_memory") or 0
+    return max(DEFAULT_BUDGET, size * PART_OF_GPU)
 
 
 @contextlib.contextmanager
@@ -39,9 +55,10 @@ def attention_budget(nbytes: float) -> Iterator[None]:
     It is a matter of memory and time, not of the result. It holds for
     `mx.fast.scaled_dot_product_attention` where a transform of this library traces it and no fused
     kernel serves it: on a CPU; when training on Metal; on CUDA in float32, or with head dimensions
-    that its kernels do not have. The default is 512 MiB; the scores are those of all heads and of
-    all samples that are mapped, `N * B * H * Lq * Lk` numbers. What is traced in the context keeps
-    the choice: a function that was compiled outside is not compiled again.
+    that its kernels do not have. The scores are those of all heads and of all samples that are
+    mapped, `N * B * H * Lq * Lk` numbers. The default is 512 MiB, on a GPU a sixteenth of its
+    memory. What is traced in the context keeps the choice: a function that was compiled outside is
+    not compiled again.
 
     Args:
         nbytes: The most bytes of scores; 0: always in blocks, `math.inf`: never.
@@ -82,7 +99,12 @@ def exceeds_budget(q: mx.array, k: mx.array, stack: Sequence[levels.Kind]) -> bo
         return False  # refused further on
     for level in levels.vmaps():
         scores *= level.size
-    return scores > _budget.get() and "jvp" not in stack and stack.count("grad") < 2
+    budget = _budget.get()
+    if scores <= (DEFAULT_BUDGET if budget is None else budget):
+        return False
+    if budget is None and scores <= _default_budget():
+        return False
+    return "jvp" not in stack and stack.count("grad") < 2
 
 
 # The operation ---------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ which the greatest score m of a row has the greatest weight p: l = m - log p.
 
 Backward, with cotangents c of O and e of l:  dS = P * (c V^T - rowsum(c * O) + e).
 
-MLX's fused attention keeps its log-sum-exp to itself.
+MLX's fused attention keeps its log-sum-exp to itself, so parts are plain operations. Where little
+would be copied for a fused call of the concatenated keys and values, that is what is called.
 
 Source: Juravsky et al., "Hydragen", 2024 (a shared prefix); Dao et al., "Flash-Decoding", 2023 (the
 merge).
@@ -22,12 +23,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..core import native
+from ..core import levels, native
+from ..core.interception import original
 from ..core.primitive import Arrays, Axes, Primitive
+from . import _devices
 from ._constants import constant
 from ._mlx_0_31 import keep_where, matmul
 from .attention_folds import batch, fold, fold_into_batch, unfold
 from .attention_plain import FLOOR, by_group, past
+
+#: Bytes of keys and values that a GPU copies in the time that it takes to start the operations of
+#: the parts. Measured on an H100.
+SMALL_COPY = 96 << 20
 
 
 def _scores(q: mx.array, k: mx.array, scale: float, causal: bool) -> mx.array:
@@ -150,4 +157,94 @@ key_vjp = Primitive(
     lowering=_key_vjp,
     batch=functools.partial(_batch_of_batch, lambda *xs, **static: key_vjp(*xs, **static)),
     vjp=functools.partial(_vjp_of, _key_vjp),
+)
+
+
+# Two parts -------------------------------------------------------------------------------------
+#
+# Arrays: q (R * B, H, L, D); keys and values of the prompt (B, Hkv, P, D), each for every Bth row;
+# own keys and values (R * B, Hkv, P', D), causal.
+
+
+def _merged(
+    of_part: Any, q: mx.array, pk: mx.array, pv: mx.array, k: mx.array, v: mx.array, scale: float
+) -> mx.array:
+    batch, length = pk.shape[0], q.shape[2]
+    repeats = q.shape[0] // batch
+    if repeats == 1:
+        out, total = of_part(q, pk, pv, scale, False)
+    else:  # as further rows of the prompt's queries: (B, H, R * L, D)
+        rows = mx.moveaxis(mx.unflatten(q, 0, (repeats, batch)), 0, 2)
+        out, total = (
+            mx.flatten(mx.moveaxis(mx.unflatten(x, 2, (repeats, length)), 2, 0), 0, 1)
+            for x in of_part(mx.flatten(rows, 2, 3), pk, pv, scale, False)
+        )
+    own, own_total = of_part(q, k, v, scale, length > 1)
+    weight = mx.sigmoid(total - own_total)
+    return (own + weight * (out - own)).astype(q.dtype)
+
+
+def _plain_part(*arrays: Any) -> list[mx.array]:
+    *qkv, scale, causal = arrays
+    return forward(*qkv, scale=scale, causal=causal)
+
+
+def _bound_part(*arrays: Any) -> list[mx.array]:
+    *qkv, scale, causal = arrays
+    bind = part if "vmap" in levels.active() else part.differentiable
+    return bind(*qkv, scale=scale, causal=causal, has_mask=False)
+
+
+def _both(*arrays: mx.array, scale: float) -> list[mx.array]:
+    return [_merged(_plain_part, *arrays, scale)]  # pyright: ignore
+
+
+def _both_fused(*arrays: mx.array, scale: float) -> list[mx.array]:
+    q, pk, pv, k, v = arrays
+    repeats = q.shape[0] // pk.shape[0]
+    if not _devices.gpu() or repeats * (pk.nbytes + pv.nbytes) + k.nbytes + v.nbytes > SMALL_COPY:
+        return _both(*arrays, scale=scale)
+    keys, values = (
+        mx.concatenate([p if repeats == 1 else mx.tile(p, (repeats, 1, 1, 1)), x], axis=2)
+        for p, x in ((pk, k), (pv, v))
+    )
+    raw = original(mx.fast, "scaled_dot_product_attention")
+    return [raw(q, keys, values, scale=scale, mask="causal" if q.shape[2] > 1 else None)]
+
+
+def _batch_both(
+    size: int, arrays: Arrays, axes: Axes, *, scale: float
+) -> tuple[list[mx.array], list[int]]:
+    q, pk, pv, k, v = arrays
+    q, k, v = (fold(x, axes[i], size, 0) for i, x in ((0, q), (3, k), (4, v)))
+    if axes[1] is not None or axes[2] is not None:
+        batch = pk.shape[0] if axes[1] is None else _without(pk.shape, axes[1])[0]
+        pk, pv = fold(pk, axes[1], size, 0), fold(pv, axes[2], size, 0)
+        repeats = q.shape[0] // (size * batch)
+        if repeats > 1:  # (N, R, B, ...) -> (R, N, B, ...)
+            order = (size, repeats, batch)
+            q, k, v = (
+                mx.flatten(mx.swapaxes(mx.unflatten(x, 0, order), 0, 1), 0, 2) for x in (q, k, v)
+            )
+            (out,) = prompt(q, pk, pv, k, v, scale=scale)
+            out = mx.unflatten(out, 0, (repeats, size, batch))
+            return [mx.flatten(mx.swapaxes(out, 0, 1), 1, 2)], [0]
+    return [unfold(prompt(q, pk, pv, k, v, scale=scale)[0], 0, size)], [0]
+
+
+def _vjp_both(
+    primals: Arrays, cotangents: Arrays, outputs: Arrays, *, scale: float
+) -> list[mx.array]:
+    def fun(*xs: mx.array) -> list[mx.array]:
+        return [_merged(_bound_part, *xs, scale)]  # pyright: ignore
+
+    return native.vjp(fun, list(primals), list(cotangents))[1]
+
+
+prompt = Primitive(
+    "prompt_attention",
+    decomposition=_both,
+    lowering=_both_fused,
+    batch=_batch_both,
+    vjp=_vjp_both,
 )
