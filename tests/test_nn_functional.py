@@ -192,6 +192,16 @@ def test_an_ensemble_is_a_module_that_learns():
     close(each, mx.stack([m((i + 1) * x) for i, m in enumerate(models)]), 1e-4)
 
 
+def test_members_called_again_and_again():
+    models = [nn.QuantizedLinear.from_linear(nn.Linear(32, 8), 32, 4) for _ in range(3)]
+    together = ensemble(models)
+    for size, axis in ((4, None), (4, None), (4, None), (4, None), (2, None), (3, 0), (4, None)):
+        x = mx.random.normal((size, 32))
+        together.in_axes = axis
+        inputs = [x] * 3 if axis is None else list(x)
+        close(together(x), mx.stack([m(a) for m, a in zip(models, inputs)]), 1e-4)
+
+
 def test_dropout_of_members():
     models = [nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5)) for _ in range(2)]
     for m in models[1:]:

@@ -231,7 +231,7 @@ class Ensemble(nn.Module):
             self.freeze(keys=["state_of_members"], recurse=False)
         self._no_grad.discard("members")
         # No item of the module: its arrays are the first model's, of which the shared ones count.
-        vars(self).update(_skeleton=models[0], _randomness=randomness)
+        vars(self).update(_skeleton=models[0], _randomness=randomness, _mapped={})
         self.size: int = len(models)
         self.in_axes: Any = in_axes
 
@@ -247,17 +247,28 @@ class Ensemble(nn.Module):
                 f"[ensemble] in_axes has {len(axes)} entries for {len(args)} positional arguments."
             )
 
-        def member(parameters: Tree, state: Tree, *inputs: Any) -> Any:
-            with _state.untouched(model):
-                model.train(trained)
-                return functional_call(model, (parameters, state), *inputs, **kwargs)
+        # Kept: a vmap learns from its traces.
+        kept = vars(self)["_mapped"]
+        key = repr(axes), self.size, vars(self)["_randomness"]
+        if key not in kept:
+            kept[key] = vmap(
+                _member, in_axes=(None, 0, 0, *axes), axis_size=key[1], randomness=key[2]
+            )
+        call = _Call(model, self.training, kwargs)
+        return kept[key](call, self["members"], self.get("state_of_members", {}), *args)
 
-        state = self.get("state_of_members", {})
-        trained = self.training
-        mapped = vmap(
-            member, in_axes=(0, 0, *axes), axis_size=self.size, randomness=vars(self)["_randomness"]
-        )
-        return mapped(self["members"], state, *args)
+
+class _Call:
+    """What the members of an ensemble share in one call; nothing in it is mapped."""
+
+    def __init__(self, model: nn.Module, training: bool, kwargs: dict[str, Any]) -> None:
+        self.model, self.training, self.kwargs = model, training, kwargs
+
+
+def _member(call: _Call, parameters: Tree, state: Tree, *inputs: Any) -> Any:
+    with _state.untouched(call.model):
+        call.model.train(call.training)
+        return functional_call(call.model, (parameters, state), *inputs, **call.kwargs)
 
 
 def ensemble(

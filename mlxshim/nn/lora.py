@@ -139,12 +139,16 @@ def per_row(model: nn.Module, adapters: Tree, *, in_axes: Any = 0) -> Callable[.
         (4, 4)
     """
 
+    kept: dict[int, Callable[..., Any]] = {}
+
+    def one(adapter: Tree, *inputs: Any) -> Any:
+        return functional_call(model, adapter, *inputs)
+
     def call(rows: mx.array, *args: Any) -> Any:
         several = isinstance(in_axes, (list, tuple))
         axes = tuple(in_axes) if several else (in_axes,) * len(args)
-        own = tree_map(lambda leaf: leaf[rows], adapters)
-        return vmap(
-            lambda adapter, *inputs: functional_call(model, adapter, *inputs), in_axes=(0, *axes)
-        )(own, *args)
+        if len(axes) not in kept:
+            kept[len(axes)] = vmap(one, in_axes=(0, *axes))  # kept: it learns from its traces
+        return kept[len(axes)](tree_map(lambda leaf: leaf[rows], adapters), *args)
 
     return call
