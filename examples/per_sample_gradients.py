@@ -16,93 +16,22 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
+from _common import DOCUMENTATION, Transformer, encode, line_loss, lines_of
 from mlx.utils import tree_flatten
 
 from mlxshim import grad, value_and_grad, vmap
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int = 4, kv_heads: int = 1) -> None:
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
-        self.query = nn.Linear(dim, dim, bias=False)
-        self.key = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
-        self.value = nn.Linear(dim, kv_heads * self.head_dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
-        self.rope = nn.RoPE(self.head_dim)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        batch, length, _ = x.shape
-
-        def split(y: mx.array, heads: int) -> mx.array:
-            return y.reshape(batch, length, heads, self.head_dim).swapaxes(1, 2)
-
-        q = self.rope(split(self.query(x), self.heads))
-        k = self.rope(split(self.key(x), self.kv_heads))
-        v = split(self.value(x), self.kv_heads)
-        scale = self.head_dim**-0.5
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
-        return self.out(y.swapaxes(1, 2).reshape(batch, length, -1))
-
-
-class Block(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.attention = Attention(dim)
-        self.attention_norm, self.mlp_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
-        self.gate = nn.Linear(dim, 2 * dim, bias=False)
-        self.up = nn.Linear(dim, 2 * dim, bias=False)
-        self.down = nn.Linear(2 * dim, dim, bias=False)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        x = x + self.attention(self.attention_norm(x))
-        y = self.mlp_norm(x)
-        return x + self.down(nn.silu(self.gate(y)) * self.up(y))
-
-
-class Transformer(nn.Module):
-    def __init__(self, dim: int, layers: int) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(256, dim)
-        self.blocks = [Block(dim) for _ in range(layers)]
-        self.norm = nn.RMSNorm(dim)
-
-    def __call__(self, tokens: mx.array) -> mx.array:
-        x = self.embed(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.embed.as_linear(self.norm(x))
-
-
-def lines_of_the_documentation() -> list[str]:
-    files = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
-    files += sorted(ROOT.glob("mlxshim/**/*.py"))
-    lines = [line.strip() for file in files for line in file.read_text("utf-8").splitlines()]
-    return sorted({line for line in lines if len(line) >= 30})
-
-
-def encode(line: str, length: int) -> mx.array:
-    data = line.encode()[:length]
-    return mx.array(list(data) + [0] * (length - len(data)))
-
 
 def make_loss(model: Transformer) -> Callable[[Any, mx.array], mx.array]:
-    """The loss of one line: mean cross-entropy of its next bytes, padding left out."""
+    """The loss of one line, its parameters an argument."""
 
     def loss(parameters: Any, tokens: mx.array) -> mx.array:
         model.update(parameters)
-        logits = model(tokens[None, :-1])[0]
-        known = (tokens[1:] != 0).astype(mx.float32)
-        losses = nn.losses.cross_entropy(logits, tokens[1:])
-        return (losses * known).sum() / known.sum()
+        return line_loss(model, tokens)
 
     return loss
 
@@ -182,8 +111,8 @@ def main() -> None:
     options = parser.parse_args()
     mx.random.seed(options.seed)
 
-    lines = lines_of_the_documentation()
-    data = mx.stack([encode(line, options.length) for line in lines])
+    lines = lines_of(*DOCUMENTATION)
+    data = encode(lines, options.length)
     model = Transformer(options.dim, options.layers)
     count = sum(p.size for _, p in tree_flatten(model.parameters()))
     print(f"{len(lines)} lines of documentation, {count} parameters")
@@ -209,7 +138,7 @@ def main() -> None:
     ours, theirs = median_ms(mapped), median_ms(loop)
     print(f"vmap(grad) {ours:.1f} ms, loop {theirs:.1f} ms: {theirs / ours:.2f}x")
 
-    query = flat(one(parameters, encode(options.sentence, options.length)), 1)
+    query = flat(one(parameters, encode([options.sentence], options.length)[0]), 1)
     similar = []
     for i in range(0, len(lines), options.samples):
         chunk = data[i : i + options.samples]
