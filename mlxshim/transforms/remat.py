@@ -34,8 +34,10 @@ def checkpoint(
     Args:
         fun: A function of trees with arrays in them (`nn.Module`s too; leaves that are no arrays
             are handed through) that returns a tree of arrays. It may use arrays from around it.
-        prevent_cse, concrete, static_argnames: Taken for JAX's sake: MLX merges no computation with
-            its repetition that waits for the outputs, and nothing here has to be static.
+        prevent_cse: Taken for JAX's sake: MLX merges no computation with its repetition that
+            waits for the outputs.
+        concrete: Taken for JAX's sake.
+        static_argnames: Taken for JAX's sake: nothing here has to be static.
         policy: What to keep. Not built: NotImplementedError.
         static_argnums: Arguments that go along as they are, without a derivative.
 
