@@ -44,10 +44,11 @@ def test_no_such_case():
 
 @pytest.mark.skipif(not versions.SELECT_JVP_BUG, reason="MLX 0.32.0 mended it")
 def test_the_native_crash_of_causal_jvp_is_seen():
-    """What is repaired must be broken first: in 0.31.1 and 0.31.2 this kills the process."""
+    """What is repaired must be broken first: in 0.31.1 and 0.31.2 this reads foreign memory, and
+    mostly kills the process."""
     found = json.loads(run("--json", "--filter", "jvp 4/2 causal").stdout)
     native = {r["case"]: r["verdict"] for r in found["results"] if r["side"] == "native"}
-    assert native["jvp 4/2 causal"] == "SIGSEGV"
+    assert native["jvp 4/2 causal"] != "PASS"
     assert found["failed"] == 0
 
 
