@@ -25,7 +25,9 @@ def _in_place(z: mx.array, w: mx.array) -> mx.array:
     return z
 
 
-FUNCTIONS: dict[str, Fun] = {name: _named(name) for name in (*DERIVATIVES, "abs", "reciprocal")}
+FUNCTIONS: dict[str, Fun] = {
+    name: _named(name) for name in (*DERIVATIVES, "abs", "reciprocal", "sign")
+}
 FUNCTIONS |= {"multiply": lambda z, w: z * w, "divide": lambda z, w: z / w}
 POWERS: dict[str, Fun] = {
     "power": lambda z, w: mx.power(z, w),
@@ -92,3 +94,15 @@ def test_second_derivative_of_a_power():
 
     got = jvp(slope, [z], [v])[1][0]
     assert mx.allclose(mx.abs(got - 6 * z * v * v), mx.zeros(1), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [False, True], ids=["function", "method"])
+def test_cumulative_products_are_refused(method: bool):
+    def of_parts(a: mx.array) -> mx.array:
+        z = a + 1j * a
+        return mx.real(z.cumprod() if method else mx.cumprod(z))
+
+    x = mx.array([0.5, 0.7])
+    with pytest.raises(NotImplementedError, match="cumprod"):
+        vjp(of_parts, [x], [x])
+    assert vmap(of_parts)(mx.stack([x, x])).shape == (2, 2)

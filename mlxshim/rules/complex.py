@@ -1,4 +1,4 @@
-"""Gradients of complex numbers: powers, and before 0.32.4 the elementary functions.
+"""Gradients of complex numbers: powers, signs, and before 0.32.4 the elementary functions.
 
 The pullback of a holomorphic f is c -> conj(f'(z)) c, MLX's convention and PyTorch's. That of MLX's
 powers multiplies by f'(z) itself, on every version so far, and up to 0.32.0 so does that of many
@@ -125,6 +125,32 @@ if MLX < (0, 32, 4):
             if hasattr(_owner, _name):
                 _unary(_owner, _name)
 
+
+# What is not holomorphic -------------------------------------------------------------------------
+
+
+@intercept(mx, "sign")
+def sign(a: Any, stream: Any = None) -> mx.array:
+    if not (_differentiated() and _is_complex(a)):
+        return original(mx, "sign")(a, stream=stream)
+    with mx.stream(mx.default_device() if stream is None else stream):
+        length = mx.abs(a)
+        return a / (length + mx.equal(length, 0).astype(mx.float32))
+
+
+def _cumprod(owner: Any) -> None:
+    @intercept(owner, "cumprod")
+    def cumprod(a: Any, *args: Any, **kwargs: Any) -> mx.array:
+        if _differentiated() and _is_complex(a):
+            raise NotImplementedError(
+                "[cumprod] of complex numbers has no right derivative in MLX: take the product of "
+                "slices by mx.prod instead."
+            )
+        return original(owner, "cumprod")(a, *args, **kwargs)
+
+
+_cumprod(mx)
+_cumprod(mx.array)
 
 # Powers -------------------------------------------------------------------------------------------
 
