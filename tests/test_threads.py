@@ -19,6 +19,7 @@ import pytest
 import mlxshim
 from mlxshim import grad, vmap
 from mlxshim.core import compilation, levels
+from mlxshim.core.versions import MLX
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -309,6 +310,7 @@ import random, signal, time
 import mlx.core as mx
 import mlxshim
 from mlxshim.core import compilation, levels
+from mlxshim.core.versions import MLX
 
 native = mx.sum, mx.array.sum
 x = mx.ones((3, 2, 2))
@@ -393,6 +395,24 @@ def test_an_exception_in_eval():
     assert undone()
     with pytest.raises(ValueError, match="length-1"):
         vmap(lambda x: x + x.item())(mx.ones((2, 3)))
+    assert undone()
+
+
+@pytest.mark.skipif(MLX < (0, 32, 4), reason="MLX's own eval may abort")
+@pytest.mark.parametrize("wrap", [vmap, grad, lambda f: vmap(grad(f))])
+def test_what_eval_itself_raises(wrap):
+    strided = mx.as_strided  # MLX's own
+
+    def f(x):
+        bad = strided(mx.arange(4)[::2], (1,), (1,))  # MLX finds out when it runs
+        mx.eval(bad)
+        return x.sum() + bad.sum()
+
+    assert undone()
+    native = mx.sum, mx.array.sum
+    with pytest.raises(RuntimeError, match="row contiguous"):
+        wrap(f)(mx.ones((2, 3)))
+    assert (mx.sum, mx.array.sum) == native
     assert undone()
 
 
