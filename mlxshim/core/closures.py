@@ -38,6 +38,8 @@ class Closure:
         self.arrays: list[mx.array] = []
         #: Whether something was met that may hold arrays, and was not taken apart.
         self.hides = False
+        #: Whether an array was met in something that cannot be taken apart.
+        self.loses = False
         self._plans: dict[int, Any] = {}
         self._kept: dict[int, _Kept] = {}
         self._alive: list[Any] = []  # an id is good only as long as its object lives
@@ -79,8 +81,9 @@ class Closure:
         if isinstance(value, types.FunctionType):
             if value.__globals__.get("__name__", "").startswith("mlxshim."):
                 # A transform is not taken apart, only what it transforms remembered.
-                self._planned(getattr(value, "__wrapped__", None))
+                wrapped = self._planned(getattr(value, "__wrapped__", None))
                 self.hides = True
+                self.loses = self.loses or isinstance(wrapped, _Plan)
                 return value
             if not (value.__closure__ or value.__defaults__ or value.__kwdefaults__):
                 return value
@@ -111,6 +114,8 @@ class Closure:
         elif hasattr(value, "__dict__") and not isinstance(value, _CONSTANT):
             self._kept[id(value)] = _Kept(value)
             self.hides = True
+            held = trees.leaves(dict(vars(value)))
+            self.loses = self.loses or any(isinstance(x, mx.array) for _, x in held)
         elif not isinstance(value, _HARMLESS):
             self.hides = True
         return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from types import FunctionType
 from typing import Any
 
 import mlx.core as mx
@@ -157,7 +158,9 @@ class Captured:
 
 
 def captures_nothing(fun: Any) -> bool:
-    return getattr(fun, "__closure__", fun) is None and not (fun.__defaults__ or fun.__kwdefaults__)
+    return type(fun) is FunctionType and not (
+        fun.__closure__ or fun.__defaults__ or fun.__kwdefaults__
+    )
 
 
 class Levels:

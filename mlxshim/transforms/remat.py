@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ from typing_extensions import ParamSpec
 
 from ..core import custom, replay
 from ..core.closures import Closure
-from ..core.errors import ArgumentError, NoBatchingRule
+from ..core.errors import ArgumentError, NoBatchingRule, PerformanceWarning
 from ..core.primitive import Arrays
 from . import _flat
 from ._calls import Levels, captured_derivative, captures_nothing, name_of, numbers
@@ -44,7 +45,9 @@ def checkpoint(
     Returns:
         A function with the same values and derivatives. Under `vmap` the recomputation is mapped.
         What it draws from `mx.random` without a key, it draws again the same; integer arguments
-        have no derivative, and arrays that it captured have theirs.
+        have no derivative, and arrays that it captured have theirs. Where it cannot run again (it
+        changes what it captured, or uses arrays of an object that is no `nn.Module`) it runs as it
+        is written, with a `PerformanceWarning`.
 
     Raises:
         TypeError: a derivative with respect to an array that `fun` uses and that is neither an
@@ -105,15 +108,15 @@ class _Call:
         try:
             if not captures_nothing(self.fun) or self.static:
                 self.closure = Closure([self.fun, self.static], logs=True)
+                if self.closure.loses:
+                    return self._as_written(
+                        "it uses an array of an object, or in another transform"
+                    )
             consts = self.closure.arrays if self.closure is not None else []
             primals = [*consts, *self.arrays]
             outputs = self.flat(*(mx.stop_gradient(x) for x in primals))
         except NoBatchingRule:
-            if self.levels.vmap is not None:
-                raise
-            # It changes what it has captured, and cannot be run twice: nothing is recomputed.
-            args, kwargs = self._arguments(self.arrays, self.static)
-            return self.fun(*args, **kwargs)
+            return self._as_written("it changes what it has captured")
         outputs = custom.refusing(
             outputs, lambda: captured_derivative("checkpoint", name_of(self.fun))
         )
@@ -123,6 +126,18 @@ class _Call:
             assert self.levels.vmap is not None
             watched = custom.hidden(self.levels.vmap, self._flat, primals)
         return _flat.unflatten(self.output, rules.bind(primals, outputs, watched))
+
+    def _as_written(self, reason: str) -> Any:
+        """The function without rules: the numbers are right, and everything is kept."""
+        if self.levels.differentiated:
+            warnings.warn(
+                f"[checkpoint] Nothing of {name_of(self.fun)} is computed anew, for {reason}: pass "
+                "it as an argument.",
+                PerformanceWarning,
+                stacklevel=4,
+            )
+        args, kwargs = self._arguments(self.arrays, self.static)
+        return self.fun(*args, **kwargs)
 
     def _arguments(self, arrays: Arrays, static: dict[int, Any]) -> tuple[list[Any], Any]:
         args, kwargs = _flat.unflatten(self.slots, arrays)
