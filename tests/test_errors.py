@@ -20,7 +20,7 @@ def test_the_message_names_and_mends(mistake):
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=IDS)
 def test_the_page_has_it(mistake):
-    """python -m tests.errors > docs/errors.md"""
+    """If it has not: python -m tests.errors > docs/errors.md"""
     text = PAGE.read_text("utf-8")
     assert mistake.program in text
     assert code(said(error_of(mistake.program, "mlxshim"), 10**4)) in text
