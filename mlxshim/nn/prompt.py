@@ -61,10 +61,15 @@ def prompt_attention(
     """
     arrays = _checked(queries, *prompt, keys, values)
     *lead, heads, length, _ = queries.shape
-    flat = [mx.reshape(x, (-1, *x.shape[-3:])) for x in arrays]
+    # Sizes and not -1: there may be no prompt, and then there is nothing to share.
+    flat = [mx.reshape(x, (math.prod(x.shape[:-3]), *x.shape[-3:])) for x in arrays]
+    if not prompt[0].shape[-2]:
+        q, _, _, k, v = flat
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+        return mx.reshape(out, (*lead, heads, length, values.shape[-1]))
     bind = of_prompt if "vmap" in levels.active() else of_prompt.differentiable
     out = bind(*flat, scale=float(scale))[0]
-    return mx.reshape(out, (*lead, heads, length, -1))
+    return mx.reshape(out, (*lead, heads, length, values.shape[-1]))
 
 
 def _checked(*arrays: mx.array) -> list[mx.array]:
