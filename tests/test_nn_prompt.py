@@ -259,3 +259,19 @@ def test_bad_shapes_are_refused(words):
         in_parts(*(mx.zeros(s) for s in BAD[words]))
     with pytest.raises(ValueError, match="floating"):
         in_parts(*(x.astype(mx.int32) for x in arguments()))
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_a_long_prompt_in_half_precision(dtype):
+    """The output of a long prompt is small, and a few own keys' is not: neither loses the other."""
+    pk, pv = (mx.random.normal((2, 8192, 16)).astype(dtype) for _ in range(2))
+    q, k, v = (mx.random.normal((3, h, 1 if h == 4 else 4, 16)).astype(dtype) for h in (4, 2, 2))
+    got = mlxshim.vmap(lambda q, k, v: prompt_attention(q, (pk, pv), k, v, scale=0.1))(q, k, v)
+    q, k, v, pk, pv = (x.astype(mx.float32) for x in (q, k, v, pk, pv))
+    keys, values = (
+        mx.concatenate([mx.broadcast_to(p, (3, *p.shape)), x], axis=2)
+        for p, x in ((pk, k), (pv, v))
+    )
+    want = mx.fast.scaled_dot_product_attention(q, keys, values, scale=0.1)
+    error = mx.linalg.norm(got.astype(mx.float32) - want) / mx.linalg.norm(want)
+    assert float(error) < 1e-2

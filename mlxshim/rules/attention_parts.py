@@ -180,8 +180,10 @@ def _merged(
             for x in of_part(mx.flatten(rows, 2, 3), pk, pv, scale, False)
         )
     own, own_total = of_part(q, k, v, scale, length > 1)
-    weight = mx.sigmoid(total - own_total)
-    return (own + weight * (out - own)).astype(q.dtype)
+    # Not own + w (out - own): the few own keys have by far the greater output, in whose rounding
+    # that of a long prompt would be lost. The weights are of float32, and so are both products.
+    ahead = total - own_total
+    return (mx.sigmoid(ahead) * out + mx.sigmoid(-ahead) * own).astype(q.dtype)
 
 
 def _plain_part(*arrays: Any) -> list[mx.array]:
