@@ -22,6 +22,7 @@ from ._render import render
 BENCHMARKS: dict[str, Callable[[float], list[str]]] = {
     "trace": lambda minutes: ["--minutes", f"{minutes:.2f}"],
     "overhead": lambda minutes: ["--minutes", f"{minutes:.2f}"],
+    "interception": lambda minutes: ["--minutes", f"{minutes:.2f}"],
     "attention": lambda minutes: ["--repeats", "20"],
     "operations": lambda minutes: ["--repeats", "20"],
     "scaling": lambda minutes: ["--minutes", f"{minutes:.2f}"],
@@ -62,7 +63,7 @@ def main() -> None:
             for name in names:
                 progress.update(bar, description=name)
                 files = [f"--{kind}={out / f'{name}-{tag}.{kind}'}" for kind in ("json", "png")]
-                files = files[: 1 + (name != "models")]  # it draws nothing
+                files = files[: 1 + (name not in ("models", "interception"))]  # they draw nothing
                 command = [sys.executable, "-m", f"benchmarks.{name}", *files]
                 command += BENCHMARKS[name](options.minutes / len(names))
                 child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

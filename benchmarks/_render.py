@@ -187,9 +187,31 @@ def prefix(result: Result) -> str:
     )  # fmt: skip
 
 
+def interception(result: Result) -> str:
+    inside = [row for row in result["rows"] if "difference" in row]
+    outside = [row for row in result["rows"] if "difference" not in row]
+    states = [key for key in outside[0] if key != "section"]
+    return "\n\n".join(
+        (
+            table(
+                ("One call in a trace", "MLX", "mlxshim adds"),
+                (
+                    (row["section"], number(row, "mlx", "µs"), number(row, "difference", "µs"))
+                    for row in inside
+                ),
+            ),
+            table(
+                ("One call", *states),
+                ((row["section"], *(number(row, s, "µs") for s in states)) for row in outside),
+            ),
+        )
+    )
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "trace": ("The cost of a trace", trace),
     "overhead": ("A call with nothing to transform", overhead),
+    "interception": ("What interception costs", interception),
     "attention": ("Attention", attention),
     "operations": ("Fused operations", operations),
     "scaling": ("Scaling", scaling),

@@ -2,7 +2,8 @@
 
 The pullback of a holomorphic f is c -> conj(f'(z)) c, MLX's convention and PyTorch's. That of MLX's
 powers multiplies by f'(z) itself, on every version so far, and up to 0.32.0 so does that of many
-functions of one argument. Real arrays are MLX's own.
+functions of one argument. MLX's signs have no derivative, and so lengths no second one. Real arrays
+are MLX's own.
 
 Source: mlx/primitives.cpp, `Power::vjp`, `Cos::vjp`, …
 """
@@ -75,9 +76,15 @@ def _batch(size: int, arrays: Arrays, axes: Axes, *, name: str) -> tuple[list[mx
     return [_bind(*moved, name=name)], [0]
 
 
+def _conjugate(z: mx.array) -> mx.array:
+    if z.dtype == mx.complex64 and MLX < (0, 32, 0):  # which has no vjp of it
+        return mx.real(z) - 1j * mx.imag(z)
+    return mx.conjugate(z)
+
+
 def _vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays, *, name: str) -> list[mx.array]:
     slopes = _slopes(primals, outputs[0], name)
-    return [sum_to(cotangents[0] * mx.conjugate(s), x.shape) for s, x in zip(slopes, primals)]
+    return [sum_to(cotangents[0] * _conjugate(s), x.shape) for s, x in zip(slopes, primals)]
 
 
 def _jvp(primals: Arrays, tangents: Any, *, name: str) -> list[mx.array]:
@@ -127,6 +134,23 @@ if MLX < (0, 32, 4):
 
 
 # What is not holomorphic -------------------------------------------------------------------------
+
+
+def _abs(owner: Any, name: str) -> None:
+    @intercept(owner, name)
+    def absolute(a: Any, *args: Any, **kwargs: Any) -> mx.array:
+        if not (_differentiated() and _is_complex(a)):
+            return original(owner, name)(a, *args, **kwargs)
+        stream = kwargs.get("stream")
+        with mx.stream(mx.default_device() if stream is None else stream):
+            square = mx.square(mx.real(a)) + mx.square(mx.imag(a))
+            zero = mx.equal(square, 0).astype(mx.float32)  # of which the derivative is zero
+            return mx.sqrt(square + zero) - zero
+
+
+_abs(mx, "abs")
+_abs(mx.array, "abs")
+_abs(mx.array, "__abs__")
 
 
 @intercept(mx, "sign")

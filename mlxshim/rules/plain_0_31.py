@@ -5,7 +5,6 @@
     ArcTan2::jvp     the same, for two.
     Power::jvp       uses the first tangent for both arguments.
     LogSumExp::jvp   forgets to sum.
-    Abs::jvp         of complex numbers is another function's.
     Divide::vmap     divides integers as floats.
     Scatter::vmap with updates (the gradient of an index and of a diagonal) misplaces an inner
     mapped axis: a reshape brings it to the front.
@@ -112,20 +111,6 @@ def _power(owner: Any, name: str) -> None:
 _power(mx, "power")
 _power(mx.array, "__pow__")
 _power(mx.array, "__ipow__")
-
-
-def _abs(owner: Any, name: str) -> None:
-    @intercept(owner, name)
-    def absolute(a: Any, *args: Any, **kwargs: Any) -> mx.array:
-        of_complex = isinstance(a, mx.array) and a.dtype == mx.complex64
-        if not of_complex or "jvp" not in levels.active():
-            return original(owner, name)(a, *args, **kwargs)
-        return mx.sqrt(mx.square(mx.real(a)) + mx.square(mx.imag(a)))
-
-
-_abs(mx, "abs")
-_abs(mx.array, "abs")
-_abs(mx.array, "__abs__")
 
 
 def _logsumexp(owner: Any) -> None:
