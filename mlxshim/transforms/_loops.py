@@ -24,6 +24,7 @@ import mlx.core as mx
 from ..core import levels, native
 from ..core.custom import Flat, innermost, mapped, replaced
 from ..core.errors import ConcretizationError, NoBatchingRule
+from ..core.interception import in_place
 from ..core.opaque import copies, opaque_node
 from ..core.primitive import Arrays, Axes, Node
 
@@ -287,8 +288,12 @@ class Pushed(Deferred):
 
 
 def settle(*arrays: mx.array) -> None:
-    """Evaluate what can be: the memory of a loop is that of one round."""
-    if not levels.active():
+    """Evaluate what can be: the memory of a loop is that of one round.
+
+    In no transform: MLX runs a checkpointed function again when all levels are over, and what is
+    evaluated then may be lost to a derivative.
+    """
+    if not levels.active() and not in_place():
         # In mx.compile nothing can be, and nothing is lost.
         with contextlib.suppress(ValueError):
             mx.eval(*arrays)
