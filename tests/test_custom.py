@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import types
 import warnings
+import weakref
 
 import mlx.core as mx
 import numpy as np
@@ -660,6 +662,174 @@ def test_a_checkpoint_of_methods_and_transforms():
     same(got, grad(lambda w: mapped(w, lambda f: f))(w))
     mapped = mlxshim.checkpoint(vmap(lambda x: mx.sin(x * x)))
     same(grad(lambda x: mapped(x).sum())(x), 2 * x * mx.cos(x * x))
+
+
+# The examples of JAX's documentation --------------------------------------------------------------
+
+
+def log1pexp(lib):
+    @lib.custom_jvp
+    def f(x):
+        return lib.np.log(1.0 + lib.np.exp(x))
+
+    @f.defjvp
+    def rule(primals, tangents):
+        (x,), (dx,) = primals, tangents
+        return f(x), (1 - 1 / (1 + lib.np.exp(x))) * dx
+
+    return f
+
+
+def clip_gradient(lib):
+    @lib.custom_vjp
+    def clip(lo, hi, x):
+        return x
+
+    clip.defvjp(
+        lambda lo, hi, x: (x, (lo, hi)),
+        lambda res, g: (None, None, lib.np.clip(g, res[0], res[1])),
+    )
+    return lambda x: lib.np.sin(clip(-0.75, 0.75, x))
+
+
+def square_root(lib):
+    """By a fixed point, whose derivative is that of the implicit function."""
+
+    @functools.partial(lib.custom_vjp, nondiff_argnums=(0,))
+    def fixed_point(f, a, guess):
+        def unlike(state):
+            return lib.np.abs(state[0] - state[1]) > 1e-6
+
+        def step(state):
+            return state[1], f(a, state[1])
+
+        return lib.lax.while_loop(unlike, step, (guess, f(a, guess)))[1]
+
+    def fwd(f, a, guess):
+        x = fixed_point(f, a, guess)
+        return x, (a, x)
+
+    def rev(f, res, ct):
+        def back(packed, u):
+            a, x, ct = packed
+            return ct + lib.vjp(lambda x: f(a, x), x)[1](u)[0]
+
+        a, x = res
+        u = fixed_point(back, (a, x, ct), ct)
+        return lib.vjp(lambda a: f(a, x), a)[1](u)[0], lib.np.zeros_like(x)
+
+    fixed_point.defvjp(fwd, rev)
+    return lambda a: fixed_point(lambda a, x: 0.5 * (x + a / x), a, a)
+
+
+@pytest.mark.parametrize("make", [log1pexp, clip_gradient, square_root], ids=lambda f: f.__name__)
+def test_documented_examples(jax, make):
+    def under(lib):
+        f, xs = make(lib), lib.np.abs(numbers(lib, 4)) + 0.5
+        return [
+            lib.vmap(f)(xs),
+            lib.grad(f)(xs[0]),
+            lib.vmap(lib.grad(f))(xs),
+            lib.grad(lambda xs: lib.vmap(f)(xs).sum())(xs),
+            lib.grad(lib.grad(f))(xs[0]),
+            lib.vmap(lib.grad(lib.grad(f)))(xs),
+        ]
+
+    same(under(OURS), under(jax), 1e-3)
+
+
+RULES = {
+    "no NaN of what a rule replaces": lambda lib, x: [
+        wrap(lib.grad(f))(x * 0 if wrap is lib.vmap else x[0] * 0)
+        for wrap in (lib.vmap, lambda g: g)
+        for f in (
+            rules(lib, lib.np.sqrt, lambda x: (lib.np.sqrt(x), None), lambda _, ct: (ct,)),
+            jvp_rule(lib, lib.np.sqrt, lambda p, t: (lib.np.sqrt(p[0]), t[0])),
+        )
+    ],
+    "nothing mapped": lambda lib, x: lib.vmap(
+        lambda x: (
+            vmap_rule(lib, lambda y: y + 1, lambda n, b, y: (y * 0, True))(lib.np.ones(())) + x
+        )
+    )(x),
+    "a rule in a rule": lambda lib, x: lib.grad(
+        lambda x: lib.vmap(
+            vmap_rule(
+                lib,
+                lambda x: x * 2,
+                lambda n, b, x: (
+                    lib.vmap(
+                        rules(lib, lambda x: x * 2, lambda x: (x * 2, None), lambda _, c: (5 * c,))
+                    )(x),
+                    True,
+                ),
+            )
+        )(x).sum()
+    )(x),
+    "no arguments": lambda lib, x: rules(
+        lib, lambda: x[0], lambda: (x[0], None), lambda _, ct: ()
+    )(),
+    "names": lambda lib, x: lib.grad(
+        rules(
+            lib,
+            lambda x, s: x * s,
+            lambda x, s: (x * s, None),
+            lambda s, _, ct: (ct * s * 2,),
+            nondiff_argnames=("s",),
+        )
+    )(x[0], 3.0),
+    "an unmapped argument": lambda lib, x: lib.vmap(
+        lib.grad(
+            rules(
+                lib,
+                lambda x, y: x * y,
+                lambda x, y: (x * y, (x, y)),
+                lambda r, ct: (ct * r[1], ct * r[0] * 3),
+            ),
+            argnums=1,
+        ),
+        in_axes=(0, None),
+    )(x, x[0]),
+    "static": lambda lib, x: lib.grad(
+        lib.checkpoint(lambda x, up: lib.np.sin(x) if up else x, static_argnums=(1,))
+    )(x[0], True),
+    "keyword": lambda lib, x: lib.grad(lib.checkpoint(lambda x, *, y: lib.np.sin(x * y["a"])))(
+        x[0], y={"a": x[1]}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules(jax, name):
+    same(RULES[name](OURS, numbers(OURS, 4)), RULES[name](jax, numbers(jax, 4)))
+
+
+def test_nothing_is_kept_alive():
+    class Kept:
+        pass
+
+    def run(make):
+        kept = Kept()
+        f = make(lambda x: mx.sin(x) if kept else x)
+        h = lambda x: f(x) * f(2 * x)  # noqa: E731
+        xs = numbers(OURS, 4)
+        mx.eval(
+            vmap(grad(h))(xs),
+            grad(lambda xs: vmap(h)(xs).sum())(xs),
+            vmap(grad(grad(h)))(xs),
+            grad(h)(xs[0]),
+        )
+        return weakref.ref(kept)
+
+    for make in (
+        mlxshim.checkpoint,
+        lambda f: rules(OURS, f, lambda x: (f(x), x), lambda x, ct: (ct * f(x),)),
+        lambda f: jvp_rule(OURS, f, lambda p, t: (f(p[0]), t[0] * f(p[0]))),
+        lambda f: vmap_rule(OURS, f, lambda n, b, x: (f(x), True)),
+    ):
+        watch = run(make)
+        gc.collect()
+        assert watch() is None
 
 
 # What they use -----------------------------------------------------------------------------------
