@@ -29,6 +29,7 @@ from .attention_folds import (
     sinks_mapped,
     unfold,
 )
+from .attention_large import by_halves, is_large
 from .attention_long import attention as in_blocks
 from .attention_long import exceeds_budget
 from .attention_plain import decompose, decompose_vjp
@@ -102,7 +103,7 @@ def _dispatch(
         return attention(*arrays, **static, **newer)[0]
     if stack == ["grad"]:
         extra = padding(arrays[0], arrays[1], arrays[2], static["causal"])
-        if len(arrays) == 3 and extra:
+        if len(arrays) == 3 and extra and not is_large(*arrays):
             return padded(_fused, extra, *arrays, **static)[0]
         return attention.differentiable(*arrays, **static)[0]
     # No kernel to reach, or a derivative that no kernel has: MLX's own operations, whose
@@ -114,7 +115,8 @@ def _is_ragged(q: Any, k: Any, v: Any, mask: Any) -> bool:
     """Whether MLX's own derivative would decompose the call, or bring the process down."""
     if not all(isinstance(x, mx.array) and x.ndim == 4 for x in (q, k, v)):
         return False  # refused further on
-    return any(padding(q, k, v, mask == "causal") or ())
+    extra = padding(q, k, v, mask == "causal")
+    return extra is not None and (any(extra) or is_large(q, k, v))
 
 
 def _raw(*args: Any, **kwargs: Any) -> mx.array:
@@ -211,6 +213,9 @@ def _fused(
 def _fused_vjp(
     q: mx.array, k: mx.array, v: mx.array, *others: mx.array, **static: Any
 ) -> list[mx.array]:
+    if is_large(q, k, v) and q.shape[0] * q.shape[1] > 1 and _gpu():
+        vjp = functools.partial(_fused_vjp, **static)
+        return by_halves(vjp, q, k, v, *others, has_mask=static["has_mask"])
     *rest, cotangent = others
     # The sum of the outputs has a cotangent of stride zero, which the kernel does not take.
     cotangent = mx.contiguous(cotangent)
