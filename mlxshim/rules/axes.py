@@ -145,3 +145,22 @@ for _owner in (mx, mx.array):
     for _name in {"max", "min", "prod", "median", "minmax"} - _ELSEWHERE:
         if hasattr(_owner, _name):
             _selecting(_owner, _name)
+
+
+# The place of an extremum of all entries ---------------------------------------------------------
+
+
+def _placing(owner: Any, name: str) -> None:
+    @intercept(owner, name)
+    def place(
+        a: mx.array, /, axis: int | None = None, keepdims: bool = False, *, stream: Any = None
+    ) -> mx.array:
+        raw = original(owner, name)
+        if axis is not None or not keepdims or "vmap" not in levels.active():
+            return raw(a, axis, keepdims, stream=stream)
+        return mx.reshape(raw(a, stream=stream), (1,) * a.ndim, stream=stream)
+
+
+for _owner in (mx, mx.array):
+    for _name in ("argmax", "argmin"):
+        _placing(_owner, _name)

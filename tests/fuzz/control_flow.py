@@ -5,7 +5,14 @@ from __future__ import annotations
 from .builder import Builder, Unfit, is_floating
 from .operations import operation
 
-BODIES = ["mx.sin(p)", "p * 0.5", "mx.tanh(p) * p", "p + mx.mean({z})", "p * mx.cos({z})", "p * 1"]
+BODIES = [
+    "mx.sin(p)",
+    "p * 0.5",
+    "mx.tanh(p) * p",
+    "p + 0.1 * mx.sum({z})",
+    "p * mx.cos({z})",
+    "p * 1",
+]
 
 
 def _body(b: Builder, x: str) -> str:
@@ -53,7 +60,7 @@ def fori_loop(b: Builder):
 def scan(b: Builder):
     x = b.floating(1, lambda x: 0 < x.shape[0] < 5)
     z = b.some(is_floating) or x
-    step = b.choose(["mx.sin(c) + p", "c * p", "mx.tanh(c + p * mx.mean({z}))"]).format(z=z)
+    step = b.choose(["mx.sin(c) + p", "c * p", "mx.tanh(c + p * mx.sum({z}))"]).format(z=z)
     out = b.choose(["c * p", "c + 1", "p", "mx.sum(c) * mx.sum(p)"])
     row = f"{x}[0] * 0.5"
     reverse = b.choose(["", ", reverse=True"])

@@ -108,4 +108,17 @@ def program(t):
 INPUTS = [("normal", (2, 2, 1), "float32")]
 PRECISION, CALLS = 0.0002, 2
 """,
+    "the place of the largest of all entries, with its axes": """
+def program(t):
+    def f(a):
+        return [mx.argmax(a, keepdims=True), mx.argmin(a, keepdims=True), a.argmax(keepdims=True)]
+
+    g = t.vmap(f, (2,), [0, 0, 0])
+    g = t.vmap(g, (3,), [0, 0, 0])
+    return g
+
+
+INPUTS = [("normal", (2, 3, 3, 4, 2), "float32")]
+PRECISION, CALLS = 0.0002, 1
+""",
 }
