@@ -19,12 +19,13 @@ from ..core.primitive import Arrays, Node
 
 
 def select(go: mx.array, x: mx.array, y: mx.array) -> mx.array:
-    return _select(go, x, y)
+    # No cotangent goes the way of the choice: integers on it would hand on one of another dtype.
+    return _select(mx.stop_gradient(go), x, y)
 
 
 def gate(go: mx.array, x: mx.array) -> mx.array:
     """`x`, which takes no cotangent where not `go`: that of what is not used may be NaN."""
-    return _gate(go, x) if mx.issubdtype(x.dtype, mx.inexact) else x
+    return _gate(mx.stop_gradient(go), x) if mx.issubdtype(x.dtype, mx.inexact) else x
 
 
 def _where(go: mx.array, x: mx.array, y: mx.array) -> mx.array:
