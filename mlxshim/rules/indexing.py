@@ -163,6 +163,8 @@ def __setitem__(y: mx.array, key: Any, value: Any) -> None:
         return raw(y, key, value)
     mask = _mask(key)
     if mask is not None:
+        if not y.size:
+            return None  # MLX divides by the size of what is below a mask
         return (
             become(y, _set_where(y, mask, value)) if _traced(y, mask, value) else raw(y, key, value)
         )

@@ -84,7 +84,7 @@ def main() -> int:
     parser.add_argument("--without", nargs="*", default=[], choices=sorted(OPERATIONS))
     parser.add_argument("--depth", type=int, default=4, help="transforms around one program")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--limit", type=float, default=20, help="seconds for one program")
+    parser.add_argument("--limit", type=float, default=60, help="seconds for one program")
     parser.add_argument("--out", type=Path, default=Path("fuzz-failures"))
     parser.add_argument("--notes", type=Path, default=ROOT / "build" / "fuzz")
     options = parser.parse_args()

@@ -175,7 +175,10 @@ def complex_numbers(b: Builder):
     x = b.floating()
     y = b.partner(x)
     z = f"({x}.astype(mx.float32) + 1j * {y}.astype(mx.float32))"
-    forms = ["mx.real({z} * {z})", "mx.imag(mx.conj({z}) * (2 + 1j))", "mx.abs({z} + 2)"]
+    forms = [
+        "mx.real({z} * {z})",
+        "mx.imag(mx.conj({z}) * (2 + 1j))",
+    ]  # no abs: MLX's second one is 0
     forms += ["mx.real(mx.exp({z} / (2 + mx.abs({z}))))", "mx.imag(mx.square({z}))"]
     b.let(b.choose(forms).format(z=z))
 
