@@ -285,3 +285,30 @@ def test_compiled_functions_draw_for_each_sample():
     got = vmap(f, in_axes=(0, None))(mx.zeros(5), mx.array(0.0))
     assert len(set(got.tolist())) == 5
     assert len(set(vmap(f, in_axes=(0, None))(mx.zeros(5), mx.array(0.0)).tolist())) == 5
+
+
+def test_what_a_checkpointed_function_puts_into_a_module_is_taken_out_again():
+    """As mlx-lm's trainer does it: the parameters go into the module inside the function."""
+    layer = nn.Linear(3, 3)
+    before = dict(layer.parameters())
+
+    def call(params, x):
+        layer.update(params)
+        return mx.tanh(layer(x))
+
+    def loss(params, xs):
+        layer.update(params)
+        ys = vmap(lambda x: mx.checkpoint(call)(layer.trainable_parameters(), x))(xs)
+        return (ys**2).sum() + layer.weight.square().sum()  # read after the call
+
+    def plain(params, xs):
+        ys = mx.tanh(xs @ params["weight"].T + params["bias"])
+        return (ys**2).sum() + params["weight"].square().sum()
+
+    xs = mx.random.normal((4, 3))
+    got = grad(loss)(before, xs)
+    want = mx.grad(plain)(before, xs)
+    for name, g in got.items():
+        assert mx.allclose(g, want[name], rtol=1e-4, atol=1e-5), name
+        mx.eval(layer.parameters())  # nothing of a trace is in it
+        assert mx.array_equal(layer[name], before[name])

@@ -23,7 +23,7 @@ from ..core import compilation, custom, levels, trees
 from ..core.custom import depends
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays
-from ..core.replay import same_draws
+from ..core.replay import captured_containers, exchange, same_draws, unchanged
 
 # Depends ---------------------------------------------------------------------------------------
 
@@ -56,6 +56,12 @@ class _Call:
         self.outputs: Any = None
         #: A function of arrays that returns a list of them; what it draws, it draws again.
         self.flat = same_draws(self._flat)
+        self.containers = captured_containers(fun)
+
+    def again(self, *arrays: mx.array) -> list[mx.array]:
+        """A run that leaves nothing behind."""
+        with unchanged(self.containers):
+            return self.flat(*arrays)
 
     def _flat(self, *arrays: mx.array) -> list[mx.array]:
         rest = iter(arrays)
@@ -72,11 +78,15 @@ class _Call:
     def by(self, pull: custom.Pull, level: levels.VmapLevel) -> Any:
         """What the function returns, in the tree of its outputs, differentiated by rules."""
         # MLX gives what such a function has captured no derivative.
-        outputs = self.flat(*map(mx.stop_gradient, self.arrays))
-        rules = custom.Custom(pull, functools.partial(custom.pushed, self.flat))
+        given = [mx.stop_gradient(x) for x in self.arrays]
+        outputs = self.flat(*given)
+        # What it keeps of its arguments has a derivative as before.
+        exchange(self.containers, {id(x): y for x, y in zip(given, self.arrays)})
+        rules = custom.Custom(pull, functools.partial(custom.pushed, self.again))
         watched: list[mx.array] = []
         if custom.differentiated_from_outside():
-            watched = custom.hidden(level, self._flat, self.arrays)
+            with unchanged(self.containers):
+                watched = custom.hidden(level, self._flat, self.arrays)
         results = iter(rules.bind(self.arrays, list(map(mx.stop_gradient, outputs)), watched))
         return trees.map_leaves(lambda leaf: next(results) if leaf is _here else leaf, self.outputs)
 
@@ -96,7 +106,7 @@ def checkpoint(fun: Callable[..., Any]) -> Callable[..., Any]:
 
         def recompute(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> list[mx.array]:
             waiting = custom.wait(primals, [*cotangents, *outputs])
-            return custom.pulled(call.flat, waiting, cotangents)
+            return custom.pulled(call.again, waiting, cotangents)
 
         return call.by(recompute, level)
 
@@ -110,7 +120,7 @@ def custom_function(self: Any, *args: Any, **kwargs: Any) -> Any:
     if level is None or not custom.differentiated_from_outside():
         return native(self, *args, **kwargs)
     call = _Call(functools.partial(native, self), args, kwargs)
-    return call.by(lambda p, c, _: custom.pulled(call.flat, p, c), level)
+    return call.by(lambda p, c, _: custom.pulled(call.again, p, c), level)
 
 
 # The switch of compilation -----------------------------------------------------------------------
