@@ -64,3 +64,28 @@ def test_mixed_second_derivatives_of_a_convolution(padding: int):
         np.testing.assert_allclose(
             second(way, f, x, w, dx, dw), f(dx, dw), rtol=1e-4, atol=1e-5, err_msg=name
         )
+
+
+@pytest.mark.parametrize("outer", ["grad", "jvp"])
+@pytest.mark.parametrize("middle", ["grad", "jvp"])
+@pytest.mark.parametrize("inner", ["grad", "jvp"])
+def test_derivatives_that_capture_the_same_array_all_count(inner, middle, outer):
+    """MLX's own lose all but the first: its array is a tracer no more."""
+
+    def derivative(kind, f, x):
+        if kind == "grad":
+            return mlxshim.grad(f)(x)
+        return mlxshim.jvp(f, (x,), (mx.ones_like(x),))[1]
+
+    def h(a):  # 3 a^2
+        return derivative(middle, lambda c: derivative(inner, lambda x: c * x**3, a), mx.array(1.0))
+
+    a = mx.array(0.7)
+    for f, want in (
+        (h, 6 * a),
+        (lambda a: h(a) + h(a), 12 * a),
+        (lambda a: h(a) + derivative(inner, lambda x: x**3, a), 12 * a),
+        (lambda a: h(a) + h(a) + a * a, 14 * a),
+        (lambda a: mlxshim.vmap(lambda c: c * (h(a) + h(a)))(mx.ones((2,))).sum(), 24 * a),
+    ):
+        assert abs(float(derivative(outer, f, a)) - float(want)) < 1e-3

@@ -12,12 +12,23 @@ import mlx.core as mx
 
 from . import levels
 
-grad, value_and_grad = mx.grad, mx.value_and_grad
+_grad, _value_and_grad = mx.grad, mx.value_and_grad
 _vmap, _vjp, _jvp = mx.vmap, mx.vjp, mx.jvp
+_call = mx.custom_function.__call__
+
+
+def grad(fun: Any, *which: Any, **names: Any) -> Callable[..., Any]:
+    return _marked(_grad(fun, *which, **names))
+
+
+def value_and_grad(fun: Any, *which: Any, **names: Any) -> Callable[..., Any]:
+    return _marked(_value_and_grad(fun, *which, **names))
 
 
 def vjp(fun: Any, primals: list[mx.array], cotangents: list[mx.array]) -> Any:
     try:
+        if levels.unmarked():
+            return _keeping_graphs(lambda: _vjp(fun, primals, cotangents))
         return _vjp(fun, primals, cotangents)
     finally:
         levels.unmark()
@@ -25,6 +36,8 @@ def vjp(fun: Any, primals: list[mx.array], cotangents: list[mx.array]) -> Any:
 
 def jvp(fun: Any, primals: list[mx.array], tangents: list[mx.array]) -> Any:
     try:
+        if levels.unmarked():
+            return _keeping_graphs(lambda: _jvp(fun, primals, tangents))
         return _jvp(fun, primals, tangents)
     finally:
         levels.unmark()
@@ -32,3 +45,35 @@ def jvp(fun: Any, primals: list[mx.array], tangents: list[mx.array]) -> Any:
 
 def vmap(fun: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0) -> Callable[..., Any]:
     return levels.mapping(_vmap(fun, in_axes, out_axes))
+
+
+# Primals without a mark ------------------------------------------------------------------------
+
+
+def _marked(derived: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if levels.unmarked():
+            return _keeping_graphs(lambda: derived(*args, **kwargs))
+        return derived(*args, **kwargs)
+
+    return call
+
+
+def _keeping_graphs(run: Callable[[], Any]) -> Any:
+    """What `run` returns, run where MLX takes every array for a tracer.
+
+    An array that has lost its mark to an earlier derivative is cut off from its graph where the
+    next one makes it a primal, and a derivative around both gets the first alone. MLX cuts nothing
+    off while it calls a vjp rule (mlx/transforms.cpp, `RetainGraph`): this is one.
+    """
+    found: list[Any] = []
+
+    def rule(primal: mx.array, cotangent: mx.array, _: Any) -> mx.array:
+        found.append(run())
+        return cotangent
+
+    node = mx.custom_function(lambda y: y)
+    node.vjp(rule)
+    one = mx.array(1.0)
+    _vjp(lambda y: _call(node, y), [one], [one])
+    return found[0]
