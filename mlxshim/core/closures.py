@@ -41,7 +41,7 @@ class Closure:
         #: Whether an array was met in something that cannot be taken apart.
         self.loses = False
         self._plans: dict[int, Any] = {}
-        self._kept: dict[int, _Kept] = {}
+        self._kept: dict[int, Kept] = {}
         self._alive: list[Any] = []  # an id is good only as long as its object lives
         self._logs = logs
         self._functions = [self._planned(f) for f in functions]
@@ -110,9 +110,9 @@ class Closure:
             if any(isinstance(plan, _Plan) for plan in planned):
                 return _Container(value, planned)
             if isinstance(value, (list, dict)):
-                self._kept[id(value)] = _Kept(value)
+                self._kept[id(value)] = Kept(value)
         elif hasattr(value, "__dict__") and not isinstance(value, _CONSTANT):
-            self._kept[id(value)] = _Kept(value)
+            self._kept[id(value)] = Kept(value)
             self.hides = True
             held = trees.leaves(dict(vars(value)))
             self.loses = self.loses or any(isinstance(x, mx.array) for _, x in held)
@@ -143,7 +143,7 @@ def _partial(function: Any, args: Any, keywords: Any) -> Any:
     return functools.partial(function, *args, **keywords)
 
 
-class _Kept:
+class Kept:
     """A container or an object that stays what it is, and what was in it."""
 
     def __init__(self, thing: Any) -> None:
@@ -162,11 +162,13 @@ class _Kept:
             k1 != k2 or v1 is not v2 for (k1, v1), (k2, v2) in zip(now, self.before)
         )
 
-    def restore(self) -> None:
-        if not self.changed():
+    def restore(self, logs: bool = False) -> None:
+        """With `logs`, what has been appended to a list stays."""
+        if not self.changed(logs):
             return
         if isinstance(self.thing, list):
-            self.thing[:] = [child for _, child in self.before]
+            end = len(self.before) if logs else None
+            self.thing[:end] = [child for _, child in self.before]
             return
         into = self.thing if isinstance(self.thing, dict) else vars(self.thing)
         dict.clear(into)
@@ -219,7 +221,7 @@ class _Made:
         self.arrays = arrays
         self._done: dict[int, Any] = {}
         self._cells: list[tuple[types.CellType, Any]] = []
-        self._containers: list[_Kept] = []
+        self._containers: list[Kept] = []
 
     def of(self, plan: Any) -> Any:
         if not isinstance(plan, _Plan):
@@ -239,7 +241,7 @@ class _Made:
         else:
             assert isinstance(plan, _Container)
             made = trees.rebuild(plan.like, [self.of(child) for child in plan.children])
-            self._containers.append(_Kept(made))
+            self._containers.append(Kept(made))
         self._done[id(plan)] = made
         return made
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,18 +28,14 @@ def value_and_grad(fun: Any, *which: Any, **names: Any) -> Callable[..., Any]:
 
 def vjp(fun: Any, primals: list[mx.array], cotangents: list[mx.array]) -> Any:
     try:
-        if levels.unmarked():
-            return _keeping_graphs(lambda: _vjp(fun, primals, cotangents))
-        return _vjp(fun, primals, cotangents)
+        return _derived(_vjp, fun, primals, cotangents)
     finally:
         levels.unmark()
 
 
 def jvp(fun: Any, primals: list[mx.array], tangents: list[mx.array]) -> Any:
     try:
-        if levels.unmarked():
-            return _keeping_graphs(lambda: _jvp(fun, primals, tangents))
-        return _jvp(fun, primals, tangents)
+        return _derived(_jvp, fun, primals, tangents)
     finally:
         levels.unmark()
 
@@ -50,21 +47,23 @@ def vmap(fun: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0) -> Callab
 # Primals without a mark ------------------------------------------------------------------------
 
 
-def _marked(derived: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if levels.unmarked():
-            return _keeping_graphs(lambda: derived(*args, **kwargs))
-        return derived(*args, **kwargs)
-
-    return call
+def _marked(derivative: Callable[..., Any]) -> Callable[..., Any]:
+    return functools.partial(_derived, derivative)
 
 
-def _keeping_graphs(run: Callable[[], Any]) -> Any:
+def _derived(derivative: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if levels.unmarked():
+        return keeping_graphs(lambda: derivative(*args, **kwargs))
+    return derivative(*args, **kwargs)
+
+
+def keeping_graphs(run: Callable[[], Any]) -> Any:
     """What `run` returns, run where MLX takes every array for a tracer.
 
     An array that has lost its mark to an earlier derivative is cut off from its graph where the
-    next one makes it a primal, and a derivative around both gets the first alone. MLX cuts nothing
-    off while it calls a vjp rule (mlx/transforms.cpp, `RetainGraph`): this is one.
+    next one makes it a primal, or where it is evaluated, and a derivative around both gets the
+    first alone. MLX cuts nothing off while it calls a vjp rule (mlx/transforms.cpp, `RetainGraph`):
+    this is one.
     """
     found: list[Any] = []
 

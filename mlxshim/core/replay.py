@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from . import levels
+from .closures import Kept
 
 R = TypeVar("R")
 
@@ -102,17 +103,13 @@ def _content(cell: types.CellType) -> Any:
 
 @contextmanager
 def unchanged(containers: Sequence[Any]) -> Iterator[None]:
-    """What is in these containers is there again afterwards."""
-    before = [list(x.items() if isinstance(x, dict) else x) for x in containers]
+    """What is in these containers is there again afterwards; what is appended to a list stays."""
+    kept = [Kept(x) for x in containers]
     try:
         yield
     finally:
-        for container, content in zip(containers, before):
-            if isinstance(container, dict):
-                dict.clear(container)
-                dict.update(container, content)
-            else:
-                container[: len(content)] = content  # what is appended is a log, and stays
+        for container in kept:
+            container.restore(logs=True)
 
 
 def exchange(containers: Sequence[Any], by: dict[int, mx.array]) -> None:

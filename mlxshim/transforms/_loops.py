@@ -59,31 +59,13 @@ def read(x: mx.array) -> Any:
     if levels.is_abstract():
         return None
     try:
-        return _retained(x) if levels.active() else x.item()
+        # The graph stays: inside a transform evaluation would drop that of what an inner derivative
+        # has returned, and the derivative around would be zero without a word.
+        return native.keeping_graphs(x.item) if levels.active() else x.item()
     except ValueError as e:
         if "during function transformations" not in str(e):
             raise
         return None
-
-
-def _retained(x: mx.array) -> Any:
-    """The value of `x`, whose graph stays.
-
-    Evaluation drops the graph of what an inner derivative has returned, for MLX takes the mark of a
-    tracer from all that it differentiates: the derivative around would be zero without a word.
-    While MLX calls a vjp rule it keeps every graph (mlx/transforms.cpp, `RetainGraph`).
-    """
-    found: list[Any] = []
-
-    def rule(primal: mx.array, cotangent: mx.array, _: Any) -> mx.array:
-        found.append(x.item())
-        return cotangent
-
-    node = Node(lambda y: y)
-    node.vjp(rule)
-    one = mx.array(1.0)
-    native.vjp(node, [one], [one])
-    return found[0]
 
 
 def no_value(function: str, what: str) -> Exception:
