@@ -84,10 +84,9 @@ def scaled_dot_product_attention(
     if stream is not None:
         with mx.stream(stream):
             return _dispatch(arrays, static, stack, large, newer)
-    out = _dispatch(arrays, static, stack, large, newer)
-    if asked is not None and arrays[0] is q and (not has_mask or arrays[3] is mask):
-        Primitive.asked(asked)
-    return out
+    if arrays[0] is not q or (has_mask and arrays[3] is not mask):
+        asked = None  # they had to be cast first
+    return _dispatch(arrays, static, stack, large, newer, asked)
 
 
 def _dispatch(
@@ -96,11 +95,15 @@ def _dispatch(
     stack: list[Any],
     large: bool,
     newer: dict[str, Any],
+    asked: Any = None,
 ) -> mx.array:
     if large and not newer and not _fuses(arrays, static, stack):
         return in_blocks(*arrays, **static)[0]
     if newer or ("vmap" in stack and _fuses(arrays, static, stack)):
-        return attention(*arrays, **static, **newer)[0]
+        out = attention(*arrays, **static, **newer)[0]
+        if asked is not None:
+            Primitive.asked(asked)
+        return out
     if stack == ["grad"]:
         extra = padding(arrays[0], arrays[1], arrays[2], static["causal"])
         if len(arrays) == 3 and extra and not is_large(*arrays):
