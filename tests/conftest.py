@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import pytest
+from libraries import jax_library
 
 from mlxshim.core import interception, levels
 
@@ -16,3 +17,9 @@ def _undone():
     assert not interception.in_place()
     assert levels.active() == []
     assert mx.fast.scaled_dot_product_attention is before
+
+
+@pytest.fixture(scope="session")
+def jax():
+    """JAX's names in one namespace, as `libraries.OURS` has ours."""
+    return jax_library()
