@@ -202,7 +202,7 @@ def tree_map(f: Callable[..., Any], tree: Any, *rest: Any, is_leaf: IsLeaf = Non
 
 
 def _mismatch(number: int, node: Any, other: Any, path: trees.Path) -> ValueError:
-    where = "".join(f"[{key!r}]" for key in path)
+    where = trees.written(path)
     where = f" at {where}" if where else ""
     return ValueError(
         f"[tree_map] Tree number {number + 2} does not fit the first{where}"

@@ -26,8 +26,8 @@ import mlx.core as mx
 from . import levels, native
 from .errors import NoBatchingRule
 from .interception import intercepted, original
-from .opaque import copies
-from .primitive import Arrays, Axes, Node, Primitive
+from .opaque import copies, in_front
+from .primitive import Arrays, Axes, Node, Primitive, full, mapped_size, several
 
 Flat = Callable[..., list[mx.array]]
 Pull = Callable[[Arrays, Arrays, Arrays], list[mx.array]]
@@ -68,13 +68,10 @@ class Custom:
         @intercepted
         def vmap(inputs: Arrays, axes: Axes) -> tuple[list[mx.array], list[int]]:
             inputs, axes = several(inputs), several(axes)
-            size = next(x.shape[a] for x, a in zip(inputs, axes) if a is not None)
-            fronts = [
-                copies(x, size) if a is None else mx.moveaxis(x, a, 0)
-                for x, a in zip(inputs[count:end], axes[count:end])
-            ]
+            size = mapped_size(inputs, axes)
+            fronts = in_front(size, inputs[count:end], axes[count:end])
             inner = levels.VmapLevel(name, size, randomness)
-            batched = self.batched(inner, tuple(axes[:count]))
+            batched = self.batched(inner, axes[:count])
             return list(batched.bind(inputs[:count], fronts)), [0] * len(fronts)
 
         node: Any = Node(lambda *xs: list(xs[count:end]))
@@ -224,8 +221,7 @@ def refusing(
         if mapped is not None:
             raise mapped()
         xs, axes = several(xs), several(axes)
-        size = next(x.shape[a] for x, a in zip(xs, axes) if a is not None)
-        fronts = [copies(x, size) if a is None else mx.moveaxis(x, a, 0) for x, a in zip(xs, axes)]
+        fronts = in_front(mapped_size(xs, axes), xs, axes)
         return refusing(fronts, derivative), [0] * len(fronts)
 
     node: Any = Node(lambda *xs: list(xs))
@@ -317,12 +313,3 @@ def replaced(arrays: Arrays, at: Sequence[int], by: Arrays) -> list[mx.array]:
     for i, x in zip(at, by):
         changed[i] = x
     return changed
-
-
-def several(arrays: Any) -> Any:
-    # custom_function hands over a lone argument bare.
-    return arrays if isinstance(arrays, (list, tuple)) else (arrays,)
-
-
-def full(primals: Arrays, tangents: Sequence[mx.array | None]) -> list[mx.array]:
-    return [mx.zeros_like(x) if t is None else t for x, t in zip(primals, tangents)]

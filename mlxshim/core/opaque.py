@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from .plans import placeholder
-from .primitive import Arrays, Axes, Node
+from .primitive import Arrays, Axes, Node, full, mapped_size
 
 
 def opaque_node(
@@ -26,7 +26,7 @@ def opaque_node(
         return [placeholder(x.shape, x.dtype) for x in shaped(*arrays)]
 
     def node_vmap(arrays: Arrays, axes: Axes) -> tuple[list[mx.array], list[int]]:
-        size = next(x.shape[a] for x, a in zip(arrays, axes) if a is not None)
+        size = mapped_size(arrays, axes)
         outputs = batch(size, arrays[1:], axes[1:])
         return outputs, [0] * len(outputs)
 
@@ -34,8 +34,7 @@ def opaque_node(
         return [mx.zeros_like(primals[0]), *vjp(primals[1:], cotangents, outputs)]
 
     def node_jvp(primals: Arrays, tangents: Sequence[mx.array | None]) -> list[mx.array]:
-        full = [mx.zeros_like(x) if t is None else t for x, t in zip(primals, tangents)]
-        return jvp(primals[1:], full[1:])
+        return jvp(primals[1:], full(primals[1:], tangents[1:]))
 
     node = Node(value)
     node.vmap(node_vmap)
@@ -47,3 +46,8 @@ def opaque_node(
 def copies(x: mx.array, size: int) -> mx.array:
     """`x` once for each sample, on axis 0; no memory is written."""
     return mx.broadcast_to(x, (size, *x.shape))
+
+
+def in_front(size: int, arrays: Arrays, axes: Axes) -> list[mx.array]:
+    """The arrays with the mapped axis first; an unmapped one is there once for each sample."""
+    return [copies(x, size) if a is None else mx.moveaxis(x, a, 0) for x, a in zip(arrays, axes)]

@@ -126,14 +126,14 @@ class Primitive:
         )
 
         def vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> list[mx.array]:
-            return self.vjp(_tuple(primals), _tuple(cotangents), _tuple(outputs), **static)
+            return self.vjp(several(primals), several(cotangents), several(outputs), **static)
 
         def jvp(primals: Arrays, tangents: Sequence[mx.array | None]) -> list[mx.array]:
-            return self.jvp(_tuple(primals), _tuple(tangents), **static)
+            return self.jvp(several(primals), several(tangents), **static)
 
         def vmap(arrays: Arrays, axes: Axes) -> tuple[list[mx.array], list[int]]:
-            arrays, axes = _tuple(arrays), _tuple(axes)
-            size = next(x.shape[a] for x, a in zip(arrays, axes) if a is not None)
+            arrays, axes = several(arrays), several(axes)
+            size = mapped_size(arrays, axes)
             return (batch_ or self.batch)(size, arrays, axes, **static)
 
         return _node(fun, vjp, jvp, vmap)
@@ -170,7 +170,7 @@ class Primitive:
 
         def vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> list[mx.array]:
             mapped, *xs = primals
-            grads = self.vjp(tuple(xs), _tuple(cotangents), _tuple(outputs), **static)
+            grads = self.vjp(tuple(xs), several(cotangents), several(outputs), **static)
             return [placeholder(mapped.shape, mapped.dtype), *grads]
 
         def jvp(primals: Arrays, tangents: Sequence[mx.array | None]) -> list[mx.array]:
@@ -222,6 +222,15 @@ def _node(
     return node
 
 
-def _tuple(arrays: Any) -> tuple[Any, ...]:
+def several(arrays: Any) -> tuple[Any, ...]:
     # custom_function hands over a lone argument bare.
     return tuple(arrays) if isinstance(arrays, (tuple, list)) else (arrays,)
+
+
+def full(primals: Arrays, tangents: Sequence[mx.array | None]) -> list[mx.array]:
+    """The tangents with zeros for None."""
+    return [mx.zeros_like(x) if t is None else t for x, t in zip(primals, tangents)]
+
+
+def mapped_size(arrays: Arrays, axes: Axes) -> int:
+    return next(x.shape[a] for x, a in zip(arrays, axes) if a is not None)

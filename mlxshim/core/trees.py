@@ -14,6 +14,20 @@ import mlx.core as mx
 Path = tuple[Any, ...]
 
 
+def written(path: Path) -> str:
+    """The keys of a path as a caller writes them, `['w'][0]`."""
+    return "".join(f"[{key!r}]" for key in path)
+
+
+def describe(node: Any, leaf: Callable[[Any], str] = repr) -> str:
+    """What a node is, in words; of a leaf, `leaf` says it."""
+    if isinstance(node, dict):
+        return f"a {type(node).__name__} with keys {list(node)}"
+    if isinstance(node, (list, tuple)):
+        return f"a {type(node).__name__} of {len(node)}"
+    return leaf(node)
+
+
 def children(node: Any) -> list[tuple[Any, Any]] | None:
     """The (key, child) pairs of a container, in the order of rebuilding; None for a leaf."""
     if isinstance(node, (list, tuple)):

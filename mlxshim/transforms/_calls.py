@@ -1,20 +1,25 @@
-"""One call of a function with rules of its own: its arguments, and what its functions captured."""
+"""A function with rules of its own, and a call of it: arguments, and what functions captured."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from types import FunctionType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
+from typing_extensions import ParamSpec
 
-from ..core import custom, levels, trees
+from ..core import custom, levels, replay, trees
 from ..core.closures import Closure
 from ..core.errors import ArgumentError, NoBatchingRule
 from ..core.primitive import Arrays
 from ._flat import Slot, unflatten
 from ._structure import is_module
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Signature:
@@ -78,6 +83,25 @@ def numbers(
 
 def name_of(fun: Any) -> str:
     return getattr(fun, "__name__", None) or type(fun).__name__
+
+
+class WithRules(Generic[P, R]):
+    """A function with rules of its own: what its decorators, named as JAX's, have in common."""
+
+    kind = ""
+
+    def __init__(self, fun: Callable[P, R]) -> None:
+        if not callable(fun):
+            raise ArgumentError(f"[{self.kind}] fun must be a function, found {fun!r}.")
+        functools.update_wrapper(self, fun, updated=())
+        self.fun = fun
+        self.signature = Signature(self.kind, fun)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        raise NotImplementedError
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else functools.partial(self, instance)
 
 
 class Arguments:
@@ -177,12 +201,38 @@ class Levels:
             and custom.differentiated_from_outside()
         )
 
-    def watched(
-        self, captured: Captured, everything: custom.Flat, arrays: Arrays
-    ) -> list[mx.array]:
-        if self.vmap is None or not self.outside or not captured.hides:
+    def watched(self, hides: bool, everything: custom.Flat, arrays: Arrays) -> list[mx.array]:
+        """What a rule's node has to watch, if its functions may use more than their arguments."""
+        if self.vmap is None or not self.outside or not hides:
             return []
         return custom.hidden(self.vmap, everything, arrays)
+
+
+class RuledCall:
+    """One call of a function with a derivative of its own; `functions` are it and its rules."""
+
+    def __init__(self, of: Any, args: tuple[Any, ...], functions: Sequence[Any]) -> None:
+        self.of, self.name = of, name_of(of.fun)
+        self.args = Arguments(of.kind, of.fun, args, of.nondiff_argnums)
+        self.captured = Captured([*functions, *self.args.static])
+        self.levels = Levels()
+        self._run = replay.same_draws(lambda fun, args: fun(*args))
+
+    def _primals(self) -> list[mx.array]:
+        return [*self.captured.arrays, *self.args.arrays]
+
+    def _constant(self) -> list[Any]:
+        """The arguments for the run that no derivative sees."""
+        stopped = [mx.stop_gradient(x) for x in self.args.arrays]
+        return self.args.all(stopped, self.args.static)
+
+    def _split(self, primals: Arrays) -> tuple[Arrays, Arrays]:
+        """What was captured, and the arguments."""
+        count = len(self.captured.arrays)
+        return primals[:count], primals[count:]
+
+    def _captured_derivative(self) -> Exception:
+        return captured_derivative(self.of.kind, self.name)
 
 
 def no_functions_in(tree: Any, what: str) -> None:

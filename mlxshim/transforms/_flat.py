@@ -99,14 +99,10 @@ def _array_like(
 
 
 def _at(path: trees.Path) -> str:
-    return "its entry " + "".join(f"[{key!r}]" for key in path) if path else "it"
+    return "its entry " + trees.written(path) if path else "it"
 
 
 def describe(node: Any) -> str:
     if isinstance(node, mx.array):
         return f"{str(node.dtype).removeprefix('mlx.core.')}{list(node.shape)}"
-    if isinstance(node, dict):
-        return f"a {type(node).__name__} with keys {list(node)}"
-    if isinstance(node, (list, tuple)):
-        return f"a {type(node).__name__} of {len(node)}"
-    return repr(node)
+    return trees.describe(node)

@@ -11,6 +11,7 @@ import mlx.core as mx
 from ..core import trees
 from ..core.errors import ArgumentError
 from ..core.primitive import Node
+from ._flat import Slot
 
 
 def check_spec(spec: Any, name: str) -> None:
@@ -20,15 +21,6 @@ def check_spec(spec: Any, name: str) -> None:
                 f"[vmap] {name} must be an int, None or a tree of those, found {axis!r} of type "
                 f"{type(axis).__name__}."
             )
-
-
-class Slot:
-    """The place of a mapped array among the arguments."""
-
-    __slots__ = ("index",)
-
-    def __init__(self, index: int) -> None:
-        self.index = index
 
 
 class Inputs:
@@ -162,7 +154,7 @@ class Inputs:
                 first = names[first] if first < len(names) else f"number {first}"
             except (TypeError, ValueError):
                 first = f"number {first}"
-        return "".join([f"{first}", *(f"[{key!r}]" for key in keys)])
+        return f"{first}{trees.written(tuple(keys))}"
 
 
 def _specs(args: tuple[Any, ...], in_axes: Any, name: Callable[[trees.Path], str]) -> Any:
@@ -248,7 +240,7 @@ class Outputs:
             if leaf is None:
                 return None
             if not isinstance(leaf, mx.array):
-                where = _path(path)
+                where = trees.written(path)
                 raise ArgumentError(
                     f"[vmap] The function must return arrays; its output{where} is {leaf!r} of "
                     f"type {type(leaf).__name__}."
@@ -268,9 +260,9 @@ class Outputs:
             self.tree = trees.map_with_prefix(take, tree, self.spec)
         except trees.PrefixError as e:
             raise ArgumentError(
-                f"[vmap] out_axes does not fit the output{_path(e.path)}: the axes are {e.spec!r}, "
-                f"the output is {_describe(e.node)}. Give one int or None for all of it, or "
-                "containers like its own."
+                f"[vmap] out_axes does not fit the output{trees.written(e.path)}: the axes "
+                f"are {e.spec!r}, the output is {_describe(e.node)}. Give one int or None for all "
+                "of it, or containers like its own."
             ) from None
         if not arrays:
             raise ArgumentError("[vmap] The function returned no array: it must return one.")
@@ -294,9 +286,9 @@ class Outputs:
     def _check_axis(self, leaf: mx.array, axis: int, path: trees.Path) -> None:
         if not -leaf.ndim - 1 <= axis <= leaf.ndim:
             raise ArgumentError(
-                f"[vmap] out_axes puts the mapped axis at {axis} of the output{_path(path)}, whose "
-                f"shape for one sample is {tuple(leaf.shape)}: it may be from {-leaf.ndim - 1} to "
-                f"{leaf.ndim}."
+                f"[vmap] out_axes puts the mapped axis at {axis} of the output"
+                f"{trees.written(path)}, whose shape for one sample is {tuple(leaf.shape)}: it may "
+                f"be from {-leaf.ndim - 1} to {leaf.ndim}."
             )
 
     def give(self, results: Any) -> Any:
@@ -323,20 +315,12 @@ def _all_equal(x: mx.array, y: mx.array) -> bool:
 
 def _mapped_error(path: trees.Path) -> MappedOutputError:
     return MappedOutputError(
-        f"[vmap] out_axes is None for the output{_path(path)}, but that output depends on a mapped "
-        "argument: give it an axis."
+        f"[vmap] out_axes is None for the output{trees.written(path)}, but that output "
+        "depends on a mapped argument: give it an axis."
     )
-
-
-def _path(path: trees.Path) -> str:
-    return "".join(f"[{key!r}]" for key in path)
 
 
 def _describe(node: Any) -> str:
     if isinstance(node, mx.array):
         return f"an array of shape {tuple(node.shape)}"
-    if isinstance(node, dict):
-        return f"a {type(node).__name__} with keys {list(node)}"
-    if isinstance(node, (list, tuple)):
-        return f"a {type(node).__name__} of {len(node)}"
-    return repr(node)
+    return trees.describe(node)

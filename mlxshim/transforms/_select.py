@@ -15,7 +15,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..core.primitive import Arrays, Node
+from ..core.opaque import in_front
+from ..core.primitive import Arrays, Node, full, mapped_size
 
 
 def select(go: mx.array, x: mx.array, y: mx.array) -> mx.array:
@@ -51,17 +52,11 @@ def _keep_vjp(primals: Arrays, cotangent: mx.array, _: Any) -> Any:
 
 def _define(node: Any, vjp: Any) -> None:
     def jvp(primals: Arrays, tangents: Sequence[mx.array | None]) -> mx.array:
-        pairs = zip(primals[1:], tangents[1:])
-        return node(primals[0], *(mx.zeros_like(x) if t is None else t for x, t in pairs))
+        return node(primals[0], *full(primals[1:], tangents[1:]))
 
     def vmap(arrays: Arrays, axes: Sequence[int | None]) -> Any:
         # `go` speaks for the leading axes: all are mapped over the first.
-        size = next(x.shape[a] for x, a in zip(arrays, axes) if a is not None)
-        fronts = [
-            mx.broadcast_to(x, (size, *x.shape)) if a is None else mx.moveaxis(x, a, 0)
-            for x, a in zip(arrays, axes)
-        ]
-        return node(*fronts), 0
+        return node(*in_front(mapped_size(arrays, axes), arrays, axes)), 0
 
     node.vjp(vjp)
     node.jvp(jvp)

@@ -215,11 +215,7 @@ def describe(node: Any) -> str:
         return f"an array of shape {tuple(node.shape)} and dtype {name_of(node.dtype)}"
     if type(node) is Hole:
         return "an array"
-    if isinstance(node, dict):
-        return f"a {type(node).__name__} with keys {list(node)}"
-    if isinstance(node, (list, tuple)):
-        return f"a {type(node).__name__} of {len(node)}"
-    return f"{node!r} of type {type(node).__name__}"
+    return trees.describe(node, lambda leaf: f"{leaf!r} of type {type(leaf).__name__}")
 
 
 def argument_namer(
@@ -233,13 +229,13 @@ def argument_namer(
         first, *keys = path
         if isinstance(first, int):
             first = parameter(fun, first if numbers is None else numbers[first])
-        return tag, f"argument {first}" + "".join(f"[{key!r}]" for key in keys)
+        return tag, f"argument {first}{trees.written(tuple(keys))}"
 
     return name
 
 
 def output_namer(tag: str) -> Callable[[trees.Path], tuple[str, str]]:
-    return lambda path: (tag, "the function's output" + "".join(f"[{key!r}]" for key in path))
+    return lambda path: (tag, "the function's output" + trees.written(path))
 
 
 def parameter(fun: Callable[..., Any], number: int) -> str:

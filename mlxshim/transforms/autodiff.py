@@ -368,7 +368,7 @@ class _Gradient:
         def name(path: trees.Path) -> tuple[str, str]:
             kind, which, *keys = path
             which = which if kind else parameter(self.fun, numbers[which])
-            return self.tag, f"argument {which}" + "".join(f"[{key!r}]" for key in keys)
+            return self.tag, f"argument {which}{trees.written(tuple(keys))}"
 
         return name
 

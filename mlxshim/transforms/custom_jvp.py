@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 from typing_extensions import ParamSpec
 
-from ..core import custom, replay, trees
+from ..core import custom, trees
 from ..core.errors import ArgumentError
 from ..core.primitive import Arrays
 from . import _flat
-from ._calls import Arguments, Captured, Levels, Signature, captured_derivative, name_of, numbers
+from ._calls import RuledCall, WithRules, name_of, numbers
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 
-class custom_jvp(Generic[P, R]):  # a decorator, named as JAX's
+class custom_jvp(WithRules[P, R]):  # a decorator, named as JAX's
     """A function whose derivative is what `defjvp` or `defjvps` says; reverse mode transposes it.
 
     Args:
@@ -55,6 +54,7 @@ class custom_jvp(Generic[P, R]):  # a decorator, named as JAX's
         array(100, dtype=float32)
     """
 
+    kind = "custom_jvp"
     holds_functions = ("fun", "jvp")
 
     def __init__(
@@ -63,11 +63,7 @@ class custom_jvp(Generic[P, R]):  # a decorator, named as JAX's
         nondiff_argnums: int | Sequence[int] = (),
         nondiff_argnames: str | Sequence[str] = (),
     ) -> None:
-        if not callable(fun):
-            raise ArgumentError(f"[custom_jvp] fun must be a function, found {fun!r}.")
-        functools.update_wrapper(self, fun, updated=())
-        self.fun = fun
-        self.signature = Signature("custom_jvp", fun)
+        super().__init__(fun)
         self.nondiff_argnums = numbers("custom_jvp", fun, nondiff_argnums, nondiff_argnames)
         self.jvp: Callable[..., Any] | None = None
 
@@ -123,9 +119,6 @@ class custom_jvp(Generic[P, R]):  # a decorator, named as JAX's
 
         self.jvp = jvp
 
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else functools.partial(self, instance)
-
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if self.jvp is None:
             raise AttributeError(
@@ -144,30 +137,21 @@ def _listed(forms: Iterable[tuple[Any, mx.Dtype]]) -> str:
     return ", ".join(_flat.describe(mx.zeros(shape, dtype)) for shape, dtype in forms) or "nothing"
 
 
-class _Call:
+class _Call(RuledCall):
     def __init__(self, of: custom_jvp[..., Any], args: tuple[Any, ...]) -> None:
-        self.of, self.name = of, name_of(of.fun)
-        self.args = Arguments("custom_jvp", of.fun, args, of.nondiff_argnums)
-        self.captured = Captured([of.fun, of.jvp, *self.args.static])
-        self.levels = Levels()
-        self._run = replay.same_draws(lambda fun, args: fun(*args))
+        super().__init__(of, args, [of.fun, of.jvp])
         #: The shapes and dtypes of the outputs. (The arrays would lead to the node, and it here.)
         self.forms: list[tuple[Any, mx.Dtype]] = []
 
     def result(self) -> Any:
-        primals = [*self.captured.arrays, *self.args.arrays]
-        stopped = [mx.stop_gradient(x) for x in self.args.arrays]
-        output = self._run(self.of.fun, self.args.all(stopped, self.args.static))
+        primals = self._primals()
+        output = self._run(self.of.fun, self._constant())
         arrays, slots = _flat.flatten(output)
         self.forms = [(y.shape, y.dtype) for y in arrays]
-        outputs = custom.refusing(arrays, lambda: captured_derivative("custom_jvp", self.name))
+        outputs = custom.refusing(arrays, self._captured_derivative)
         rules = custom.Custom(self._pull, self._push, self._again)
-        watched = self.levels.watched(self.captured, self._everything, primals)
+        watched = self.levels.watched(self.captured.hides, self._everything, primals)
         return _flat.unflatten(slots, rules.bind(primals, outputs, watched))
-
-    def _split(self, primals: Arrays) -> tuple[Arrays, Arrays]:
-        count = len(self.captured.arrays)
-        return primals[:count], primals[count:]
 
     def _ruled(self, primals: Arrays, tangents: Arrays) -> tuple[list[mx.array], list[mx.array]]:
         """The output and its tangent, by the rule."""

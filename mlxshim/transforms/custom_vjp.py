@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 from typing_extensions import ParamSpec
 
-from ..core import custom, levels, replay, trees
+from ..core import custom, levels, trees
 from ..core.errors import ArgumentError
 from ..core.primitive import Arrays
 from . import _flat
-from ._calls import (
-    Arguments,
-    Captured,
-    Levels,
-    Signature,
-    captured_derivative,
-    name_of,
-    no_functions_in,
-    numbers,
-)
+from ._calls import RuledCall, WithRules, name_of, no_functions_in, numbers
 from ._products import check_complex, conjugate
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class custom_vjp(Generic[P, R]):  # a decorator, named as JAX's
+class custom_vjp(WithRules[P, R]):  # a decorator, named as JAX's
     """A function whose reverse mode is what `defvjp` says.
 
     Args:
@@ -66,6 +56,7 @@ class custom_vjp(Generic[P, R]):  # a decorator, named as JAX's
         array([0.5, 1], dtype=float32)
     """
 
+    kind = "custom_vjp"
     holds_functions = ("fun", "fwd", "bwd")
 
     def __init__(
@@ -74,11 +65,7 @@ class custom_vjp(Generic[P, R]):  # a decorator, named as JAX's
         nondiff_argnums: int | Sequence[int] = (),
         nondiff_argnames: str | Sequence[str] = (),
     ) -> None:
-        if not callable(fun):
-            raise ArgumentError(f"[custom_vjp] fun must be a function, found {fun!r}.")
-        functools.update_wrapper(self, fun, updated=())
-        self.fun = fun
-        self.signature = Signature("custom_vjp", fun)
+        super().__init__(fun)
         self.nondiff_argnums = numbers("custom_vjp", fun, nondiff_argnums, nondiff_argnames)
         self.fwd: Callable[..., tuple[R, Any]] | None = None
         self.bwd: Callable[..., Any] | None = None
@@ -111,9 +98,6 @@ class custom_vjp(Generic[P, R]):  # a decorator, named as JAX's
                 raise ArgumentError(f"[custom_vjp] {name} must be a function, found {rule!r}.")
         self.fwd, self.bwd = fwd, bwd
 
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else functools.partial(self, instance)
-
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if self.fwd is None or self.bwd is None:
             raise AttributeError(
@@ -122,22 +106,15 @@ class custom_vjp(Generic[P, R]):  # a decorator, named as JAX's
         return _Call(self, self.signature.positional(args, kwargs)).result()
 
 
-class _Call:
+class _Call(RuledCall):
     def __init__(self, of: custom_vjp[..., Any], args: tuple[Any, ...]) -> None:
-        self.of, self.name = of, name_of(of.fun)
-        self.args = Arguments("custom_vjp", of.fun, args, of.nondiff_argnums)
-        self.captured = Captured([of.fun, of.fwd, of.bwd, *self.args.static])
-        self.levels = Levels()
+        super().__init__(of, args, [of.fun, of.fwd, of.bwd])
         self.output: Any = None
         self.residuals: Any = None
         self.count = 0
-        self._run = replay.same_draws(lambda fun, args: fun(*args))
 
     def result(self) -> Any:
-        consts = self.captured.arrays
-        primals = [*consts, *self.args.arrays]
-        stopped = [mx.stop_gradient(x) for x in self.args.arrays]
-        args = self.args.all(stopped, self.args.static)
+        primals, args = self._primals(), self._constant()
         if self.levels.differentiated:
             with levels.one_derivative_less():
                 outputs = self._forward(self.of.fwd, args)
@@ -147,7 +124,7 @@ class _Call:
             no_functions_in(self.residuals, "[custom_vjp] the residuals of fwd hold")
         outputs = custom.refusing(outputs, self._captured_derivative)
         rules = custom.Custom(self._pull, self._push, self._again)
-        watched = self.levels.watched(self.captured, self._everything, primals)
+        watched = self.levels.watched(self.captured.hides, self._everything, primals)
         found = rules.bind(primals, outputs, watched)
         return _flat.unflatten(self.output, found)
 
@@ -168,10 +145,6 @@ class _Call:
         arrays = self._taken(result[0])
         residuals, self.residuals = _flat.flatten(result[1], numbers=False)
         return [*arrays, *residuals]
-
-    def _split(self, primals: Arrays) -> tuple[Arrays, Arrays]:
-        count = len(self.captured.arrays)
-        return primals[:count], primals[count:]
 
     # The rules.
 
@@ -256,7 +229,4 @@ class _Call:
 
     def _where(self, path: trees.Path) -> str:
         first, *keys = path
-        return f"number {first}" + "".join(f"[{key!r}]" for key in keys)
-
-    def _captured_derivative(self) -> Exception:
-        return captured_derivative("custom_vjp", self.name)
+        return f"number {first}{trees.written(tuple(keys))}"

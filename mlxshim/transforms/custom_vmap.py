@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 from typing_extensions import ParamSpec
@@ -14,7 +13,7 @@ from ..core.errors import ArgumentError, NoBatchingRule
 from ..core.interception import intercepted
 from ..core.opaque import copies
 from . import _flat
-from ._calls import Arguments, Captured, Signature, name_of
+from ._calls import Arguments, Captured, WithRules, name_of
 from ._loops import Deferred
 
 P = ParamSpec("P")
@@ -22,7 +21,7 @@ R = TypeVar("R")
 Rule = TypeVar("Rule", bound=Callable[..., Any])
 
 
-class custom_vmap(Generic[P, R]):  # a decorator, named as JAX's
+class custom_vmap(WithRules[P, R]):  # a decorator, named as JAX's
     """A function that `vmap` maps by the rule that `def_vmap` gives.
 
     Args:
@@ -59,14 +58,11 @@ class custom_vmap(Generic[P, R]):  # a decorator, named as JAX's
                [3, 4]], dtype=float32)
     """
 
+    kind = "custom_vmap"
     holds_functions = ("fun", "rule")
 
     def __init__(self, fun: Callable[P, R]) -> None:
-        if not callable(fun):
-            raise ArgumentError(f"[custom_vmap] fun must be a function, found {fun!r}.")
-        functools.update_wrapper(self, fun, updated=())
-        self.fun = fun
-        self.signature = Signature("custom_vmap", fun)
+        super().__init__(fun)
         self.rule: Callable[..., Any] | None = None
 
     def def_vmap(self, vmap_rule: Rule) -> Rule:
@@ -82,9 +78,6 @@ class custom_vmap(Generic[P, R]):  # a decorator, named as JAX's
             raise ArgumentError(f"[custom_vmap] vmap_rule must be a function, found {vmap_rule!r}.")
         self.rule = vmap_rule
         return vmap_rule
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else functools.partial(self, instance)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if self.rule is None:

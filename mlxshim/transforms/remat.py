@@ -121,10 +121,8 @@ class _Call:
             outputs, lambda: captured_derivative("checkpoint", name_of(self.fun))
         )
         rules = custom.Custom(self._pull, self._push)
-        watched: list[mx.array] = []
-        if self.levels.outside and self.closure is not None and self.closure.hides:
-            assert self.levels.vmap is not None
-            watched = custom.hidden(self.levels.vmap, self._flat, primals)
+        hides = self.closure is not None and self.closure.hides
+        watched = self.levels.watched(hides, self._flat, primals)
         return _flat.unflatten(self.output, rules.bind(primals, outputs, watched))
 
     def _as_written(self, reason: str) -> Any:
