@@ -225,3 +225,14 @@ def test_compile():
         with pytest.raises(mlxshim.ConcretizationError, match=r"mx\.compile"):
             broken(mx.array([1.0, 5.0]))
     same(mx.compile(lambda x: fori_loop(0, 3, lambda i, s: s * 2, x))(xs), xs * 8)
+
+
+@pytest.mark.parametrize("name", ["uint8", "int16", "int32", "int64", "uint32", "uint64"])
+def test_the_index_of_mapped_bounds_does_not_wrap(name):
+    """In the loop over samples the bounds are integers of Python's."""
+
+    def total(lower, upper):
+        return fori_loop(lower, upper, lambda i, s: s + (i - 1) * 200, mx.array(0.0))
+
+    lower, upper = (mx.array(x, getattr(mx, name)) for x in ([0, 1, 5], [4, 3, 2]))
+    same(vmap(total)(lower, upper), mx.array([400.0, 200.0, 0.0]))

@@ -49,6 +49,11 @@ MISTAKES = {
         r"a bool scalar, found int32\[\]",
     ),
     "switch index": (lambda: mlxshim.switch(x[0], [mx.sin], x), TypeError, "an integer"),
+    "switch operands": (
+        lambda: mlxshim.switch(0, [mx.sin], x, operand=x),
+        TypeError,
+        "by position or",
+    ),
     "no branches": (lambda: mlxshim.switch(0, [], x), ValueError, "branches is empty"),
     "while form": (
         lambda: while_loop(lambda s: s.sum() < 9, lambda s: s[:1], x),
@@ -88,6 +93,7 @@ MISTAKES = {
         ValueError,
         "no leading axis",
     ),
+    "map function": (lambda: mlxshim.map(None, x), TypeError, "f must be a function of one"),
     "map batch": (lambda: mlxshim.map(mx.sin, x, batch_size=0), ValueError, "batch_size"),
     "associative": (
         lambda: mlxshim.associative_scan(mx.add, x, axis=1),

@@ -102,6 +102,13 @@ def _at(path: trees.Path) -> str:
     return "its entry " + trees.written(path) if path else "it"
 
 
+def check_callable(fun: Any, function: str, argument: str, of: str) -> None:
+    if not callable(fun):
+        raise TypeError(
+            f"[{function}] {argument} must be a function of {of}, found {describe(fun)}."
+        )
+
+
 def describe(node: Any) -> str:
     if isinstance(node, mx.array):
         return f"{str(node.dtype).removeprefix('mlx.core.')}{list(node.shape)}"

@@ -22,7 +22,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..core import levels, native
-from ..core.custom import Flat, innermost, mapped, replaced
+from ..core.custom import Flat, innermost, is_inexact, mapped, replaced
 from ..core.errors import ConcretizationError, NoBatchingRule
 from ..core.interception import in_place
 from ..core.opaque import copies, opaque_node
@@ -205,65 +205,71 @@ def _guard(name: str, x: mx.array) -> Any:
     node.vmap(refuse)
     node.vjp(refuse)
     node.jvp(refuse)
-    return node(x if mx.issubdtype(x.dtype, mx.inexact) else mx.stop_gradient(x))
+    return node(x if is_inexact(x) else mx.stop_gradient(x))
 
 
-class Pulled(Deferred):
-    """The cotangents of a function's arguments, from (*arguments, *cotangents of its outputs)."""
+class _Derivative(Deferred):
+    """A derivative of a function of `count` arguments, in those that are inexact."""
 
     def __init__(self, function: Deferred, count: int) -> None:
         self.function, self.count, self.name = function, count, function.name
 
-    def call(self, *arrays: mx.array) -> list[mx.array]:
-        primals, cotangents = arrays[: self.count], arrays[self.count :]
-        at = [i for i, x in enumerate(primals) if mx.issubdtype(x.dtype, mx.inexact)]
-        kept = [i for i, x in enumerate(cotangents) if mx.issubdtype(x.dtype, mx.inexact)]
+    def at(self, primals: Arrays) -> tuple[list[int], Flat]:
+        """Which arguments are inexact, and the function of those alone."""
+        at = _inexact(primals)
 
         def smooth(*inexact: mx.array) -> list[mx.array]:
-            outputs = self.function(*replaced(primals, at, inexact))
+            return self.function(*replaced(primals, at, inexact))
+
+        return at, smooth
+
+    def batched(self, level: levels.VmapLevel, axes: tuple[int | None, ...]) -> Deferred:
+        return type(self)(self.function.batched(level, axes[: self.count]), self.count)
+
+
+class Pulled(_Derivative):
+    """The cotangents of a function's arguments, from (*arguments, *cotangents of its outputs)."""
+
+    def call(self, *arrays: mx.array) -> list[mx.array]:
+        primals, cotangents = arrays[: self.count], arrays[self.count :]
+        at, smooth = self.at(primals)
+        kept = _inexact(cotangents)
+
+        def pulled_back(*inexact: mx.array) -> list[mx.array]:
+            outputs = smooth(*inexact)
             return [outputs[i] for i in kept]
 
         zeros = [mx.zeros_like(x) for x in primals]
         if not at or not kept:
             return zeros
-        body = levels.at_level("grad", smooth)
+        body = levels.at_level("grad", pulled_back)
         pulled = native.vjp(body, [primals[i] for i in at], [cotangents[i] for i in kept])[1]
         return replaced(zeros, at, pulled)
 
     def like(self, *arrays: mx.array) -> Sequence[mx.array]:
         return arrays[: self.count]
 
-    def batched(self, level: levels.VmapLevel, axes: tuple[int | None, ...]) -> Deferred:
-        return Pulled(self.function.batched(level, axes[: self.count]), self.count)
 
-
-class Pushed(Deferred):
+class Pushed(_Derivative):
     """The tangents of a function's outputs, from (*arguments, *their tangents)."""
-
-    def __init__(self, function: Deferred, count: int) -> None:
-        self.function, self.count, self.name = function, count, function.name
 
     def call(self, *arrays: mx.array) -> list[mx.array]:
         primals, tangents = arrays[: self.count], arrays[self.count :]
-        at = [i for i, x in enumerate(primals) if mx.issubdtype(x.dtype, mx.inexact)]
-
-        def smooth(*inexact: mx.array) -> list[mx.array]:
-            return self.function(*replaced(primals, at, inexact))
-
+        at, smooth = self.at(primals)
         if not at:
             return [mx.zeros_like(x) for x in self.like(*arrays)]
         body = levels.at_level("jvp", smooth)
         pushed = native.jvp(body, [primals[i] for i in at], [tangents[i] for i in at])[1]
         return [
-            t if mx.issubdtype(x.dtype, mx.inexact) else mx.zeros_like(x)
-            for x, t in zip(self.like(*arrays), pushed)
+            t if is_inexact(x) else mx.zeros_like(x) for x, t in zip(self.like(*arrays), pushed)
         ]
 
     def like(self, *arrays: mx.array) -> Sequence[mx.array]:
         return self.function.like(*arrays[: self.count])
 
-    def batched(self, level: levels.VmapLevel, axes: tuple[int | None, ...]) -> Deferred:
-        return Pushed(self.function.batched(level, axes[: self.count]), self.count)
+
+def _inexact(arrays: Arrays) -> list[int]:
+    return [i for i, x in enumerate(arrays) if is_inexact(x)]
 
 
 # Helpers ---------------------------------------------------------------------------------------

@@ -61,20 +61,14 @@ def cond(
 
     Semantics after `jax.lax.cond`.
     """
-    if operand is not _ABSENT:
-        if operands:
-            raise TypeError("[cond] Give operands by position or `operand` by keyword, not both.")
-        operands = (operand,)
-    for name, fun in (("true_fun", true_fun), ("false_fun", false_fun)):
-        if not callable(fun):
-            raise TypeError(
-                f"[cond] {name} must be a function of the operands, found {_flat.describe(fun)}."
-            )
+    operands = _operands("cond", operands, operand)
+    named = {"true_fun": true_fun, "false_fun": false_fun}
+    for name, fun in named.items():
+        _flat.check_callable(fun, "cond", name, "the operands")
     value = _scalar(pred, "cond", "pred")
     if value is not None:
         return _flat.as_arrays((true_fun if value else false_fun)(*operands))
     pred = pred if pred.dtype == mx.bool_ else pred != 0
-    named = {"true_fun": true_fun, "false_fun": false_fun}
     return _select("cond", [pred, mx.logical_not(pred)], named, operands)
 
 
@@ -87,10 +81,15 @@ def switch(
         index: An integer scalar.
         branches: Functions of the operands.
         *operands: Trees of arrays, or of anything.
-        operand: The one operand, by name.
+        operand: The one operand, by keyword.
+
+    Returns:
+        What the chosen branch returned, numbers made arrays. Under a mapped index all branches are
+        called, and the result is selected, as by `cond`.
 
     Raises:
-        TypeError: the index is no integer scalar, or the branches' outputs differ.
+        TypeError: the index is no integer scalar, a branch is no function, the branches' outputs
+            differ, or operands are given in both ways.
         ValueError: no branches.
 
     Example:
@@ -102,23 +101,28 @@ def switch(
 
     Semantics after `jax.lax.switch`.
     """
-    if operand is not _ABSENT:
-        operands = (*operands, operand)
+    operands = _operands("switch", operands, operand)
     if not branches:
         raise ValueError("[switch] branches is empty: give at least one function.")
-    for n, fun in enumerate(branches):
-        if not callable(fun):
-            raise TypeError(
-                f"[switch] branches[{n}] must be a function of the operands, found "
-                f"{_flat.describe(fun)}."
-            )
+    named = {f"branches[{n}]": fun for n, fun in enumerate(branches)}
+    for name, fun in named.items():
+        _flat.check_callable(fun, "switch", name, "the operands")
     value = _scalar(index, "switch", "index", integer=True)
     last = len(branches) - 1
     if value is not None:
         return _flat.as_arrays(branches[min(max(int(value), 0), last)](*operands))
     index = mx.clip(index, 0, last)
-    named = {f"branches[{n}]": fun for n, fun in enumerate(branches)}
     return _select("switch", [index == n for n in range(last + 1)], named, operands)
+
+
+def _operands(function: str, operands: tuple[Any, ...], operand: Any) -> tuple[Any, ...]:
+    if operand is _ABSENT:
+        return operands
+    if operands:
+        raise TypeError(
+            f"[{function}] Give operands by position or `operand` by keyword, not both."
+        )
+    return (operand,)
 
 
 def _scalar(x: Any, function: str, argument: str, integer: bool = False) -> Any:
@@ -213,10 +217,7 @@ def while_loop(cond_fun: Callable[[T], Any], body_fun: Callable[[T], T], init_va
     Semantics after `jax.lax.while_loop`.
     """
     for name, fun in (("cond_fun", cond_fun), ("body_fun", body_fun)):
-        if not callable(fun):
-            raise TypeError(
-                f"[while_loop] {name} must be a function of the value, found {_flat.describe(fun)}."
-            )
+        _flat.check_callable(fun, "while_loop", name, "the value")
     return _while("while_loop", cond_fun, body_fun, init_val)
 
 
@@ -304,7 +305,8 @@ def fori_loop(
     Args:
         lower: An integer scalar.
         upper: Likewise; a mapped one gives each sample its own number of rounds.
-        body_fun: A function of the index, an int32 scalar, and the value.
+        body_fun: A function of the index and the value. The index is an int32 scalar; an int64
+            one where both bounds are mapped and int64, uint32 or uint64.
         init_val: An array or a tree of arrays, whose form `body_fun` keeps.
         unroll: Taken for JAX's sake.
 
@@ -321,11 +323,7 @@ def fori_loop(
 
     Semantics after `jax.lax.fori_loop`.
     """
-    if not callable(body_fun):
-        raise TypeError(
-            "[fori_loop] body_fun must be a function of the index and the value, found "
-            f"{_flat.describe(body_fun)}."
-        )
+    _flat.check_callable(body_fun, "fori_loop", "body_fun", "the index and the value")
     start = _scalar(lower, "fori_loop", "lower", integer=True)
     stop = _scalar(upper, "fori_loop", "upper", integer=True)
     if start is not None and stop is not None:
@@ -334,8 +332,11 @@ def fori_loop(
             val = _next("fori_loop", body_fun(mx.array(i), val), val)
         return val
     lower, upper = (x if isinstance(x, mx.array) else mx.array(x) for x in (lower, upper))
-    if lower.dtype != upper.dtype:
+    # The index must not wrap where that of a loop, whose bounds have values, does not.
+    if lower.dtype != upper.dtype or lower.dtype.size < 4:
         lower, upper = lower.astype(mx.int32), upper.astype(mx.int32)
+    elif mx.issubdtype(lower.dtype, mx.unsignedinteger):
+        lower, upper = lower.astype(mx.int64), upper.astype(mx.int64)
 
     def going(state: Any) -> mx.array:
         return state[0] < state[1]

@@ -49,12 +49,11 @@ def scan(
 
     Semantics after `jax.lax.scan`.
     """
-    if not callable(f):
-        raise TypeError(f"[scan] f must be a function of (carry, x), found {_flat.describe(f)}.")
-    columns, slots = _steps("scan", xs, length)
-    size = len(columns[0]) if columns else length
-    assert size is not None
-    example = _flat.unflatten(slots, [mx.zeros(x.shape[1:], x.dtype) for x in _flat.flatten(xs)[0]])
+    _flat.check_callable(f, "scan", "f", "(carry, x)")
+    arrays, slots, size = _steps("scan", xs, length)
+    # One node for all entries: its gradient is one concatenation.
+    columns = [[mx.squeeze(x, 0) for x in mx.split(x, size)] if size else [] for x in arrays]
+    example = _flat.unflatten(slots, [mx.zeros(x.shape[1:], x.dtype) for x in arrays])
     carry = first_carry(init, lambda carry: _pair(f(carry, example))[0])
     rows: list[list[mx.array]] = []
     form: Any = None
@@ -79,8 +78,8 @@ def scan(
     return carry, _flat.unflatten(y_slots, [mx.stack(list(ys)) for ys in zip(*rows)])
 
 
-def _steps(function: str, xs: Any, length: int | None) -> tuple[list[list[mx.array]], Any]:
-    """For every array its entries along the leading axis, and the tree of one step."""
+def _steps(function: str, xs: Any, length: int | None) -> tuple[list[mx.array], Any, int]:
+    """The arrays of `xs`, the tree of one step, and how many steps there are."""
     arrays, slots = _flat.flatten(xs)
     for x in arrays:
         if x.ndim == 0:
@@ -99,14 +98,13 @@ def _steps(function: str, xs: Any, length: int | None) -> tuple[list[list[mx.arr
             f"[{function}] length is {length}, but the leading axis of xs has size {sizes[0]}: "
             "leave length out, or slice xs."
         )
-    if length is None and not sizes:
+    if sizes:
+        return arrays, slots, sizes[0]
+    if length is None:
         raise ValueError(f"[{function}] Neither xs has an array nor is length given: give one.")
-    if length is not None and (not isinstance(length, int) or length < 0):
+    if not isinstance(length, int) or length < 0:
         raise ValueError(f"[{function}] length must be an int that is not negative: {length!r}.")
-    # One node for all entries: its gradient is one concatenation.
-    return [
-        [mx.squeeze(x, 0) for x in mx.split(x, x.shape[0])] if x.shape[0] else [] for x in arrays
-    ], slots
+    return arrays, slots, length
 
 
 def _pair(result: Any) -> tuple[Any, Any]:
@@ -148,6 +146,7 @@ def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> A
         The tree of results, stacked along a new leading axis.
 
     Raises:
+        TypeError: `f` is no function.
         ValueError: no arrays, scalars, or leading axes of different sizes.
 
     Example:
@@ -158,6 +157,7 @@ def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> A
 
     Semantics after `jax.lax.map`.
     """
+    _flat.check_callable(f, "map", "f", "one entry")
     if batch_size is None:
         return scan(lambda carry, x: (carry, f(x)), (), xs)[1]
     if not isinstance(batch_size, int) or batch_size < 1:
@@ -193,8 +193,7 @@ def associative_scan(
 
     Source: Blelloch, Prefix sums and their applications (1990), as in `jax.lax`.
     """
-    if not callable(fn):
-        raise TypeError(f"[associative_scan] fn must be a function, found {_flat.describe(fn)}.")
+    _flat.check_callable(fn, "associative_scan", "fn", "two trees like elems")
     arrays, slots = _flat.flatten(elems)
     if not arrays:
         raise ValueError("[associative_scan] elems has no array: give at least one.")
