@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 SAMPLES = 3
+
+
+def loop(fun: Callable[..., Any], axes: Sequence[int | None]) -> Callable[..., list[mx.array]]:
+    """What `vmap(fun, axes)` means; the first argument is mapped, all of them over axis 0."""
+
+    def looped(*arrays: mx.array) -> list[mx.array]:
+        results = [
+            fun(*(x if a is None else x[i] for x, a in zip(arrays, axes)))
+            for i in range(arrays[0].shape[0])
+        ]
+        return [mx.stack(list(outs)) for outs in zip(*results)]
+
+    return looped
+
+
+def weighed(out: mx.array) -> mx.array:
+    """A sum of `out` whose gradient is another number for every entry."""
+    out = out.astype(mx.float32)
+    return (out * mx.cos(mx.arange(out.size).reshape(out.shape))).sum()
 
 
 @dataclass(frozen=True)
@@ -40,12 +59,6 @@ class Operation:
             for n, shape in enumerate(self.shapes)
         ]
         axes = tuple(0 if n < mapped else None for n in range(len(arrays)))
-        one = self._of_one_sample(mx)
-
-        def meant(*xs: mx.array) -> list[mx.array]:
-            rows = [one(*(x[i] if a == 0 else x for x, a in zip(xs, axes))) for i in range(SAMPLES)]
-            return [mx.stack(list(column)) for column in zip(*rows)]
-
         # MLX takes a tuple of axes only for several arguments.
         spec: Any = axes if len(axes) > 1 else 0
         mapped_fun = lib.vmap(self._of_one_sample(lib), in_axes=spec)
@@ -54,18 +67,18 @@ class Operation:
 
             def same(*xs: mx.array) -> list[mx.array]:
                 rows = mapped_fun(*xs)[0]
-                return [(rows[1:] == rows[:1]).all().astype(mx.float32)]
+                pairs = mx.all(rows[:, None] == rows[None], axis=-1)
+                return [pairs.sum().astype(mx.float32) - SAMPLES]
 
             return same, lambda *xs: [mx.zeros(())], arrays
-        return mapped_fun, meant, arrays
+        return mapped_fun, loop(self._of_one_sample(mx), axes), arrays
 
     def _of_one_sample(self, lib: Any) -> Callable[..., list[mx.array]]:
         if "grad" not in self.transform:
             return lambda *xs: [self.fun(*xs)]
 
         def loss(*xs: mx.array) -> mx.array:
-            out = self.fun(*xs)
-            return (out * mx.cos(mx.arange(out.size).reshape(out.shape))).sum()
+            return weighed(self.fun(*xs))
 
         gradient = lib.grad(loss, argnums=list(range(len(self.shapes))))
         return lambda *xs: list(gradient(*xs))

@@ -106,10 +106,11 @@ def tree_flatten(tree: Any, is_leaf: IsLeaf = None) -> tuple[list[Any], TreeDef]
     leaves: list[Any] = []
 
     def take(node: Any) -> Any:
-        below = None if is_leaf is not None and is_leaf(node) else _children(node)
+        leaf = is_leaf is not None and is_leaf(node)
+        below = None if leaf else _children(node)
         if below is not None:
             return _rebuilt(node, {key: take(child) for key, child in below})
-        if node is None and not (is_leaf is not None and is_leaf(node)):
+        if node is None and not leaf:
             return None
         leaves.append(node)
         return _leaf

@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import types
 
+import mlx.core as mx
 import pytest
 
 from mlxshim import doctor
@@ -40,6 +42,29 @@ def test_json_of_the_whole_matrix():
 
 def test_no_such_case():
     assert run("--filter", "no such case").returncode == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGPIPE")
+def test_nobody_reads_on():
+    command = [sys.executable, "-m", "mlxshim", "--filter", "random.uniform"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(timeout=60) == 128 + 13
+
+
+@pytest.mark.parametrize("second", [1.0, 2.0])
+def test_two_samples_that_share_a_draw_are_seen(second):
+    """`distinct` is of every pair: the first sample may differ from the others."""
+    case = next(c for c in doctor.cases() if getattr(c, "distinct", False))
+    draws = mx.stack([mx.full((64,), n) for n in (0.0, 1.0, second)])
+    library = types.SimpleNamespace(vmap=lambda fun, in_axes: lambda x: [draws])
+    under_test, meant, arrays = case.parts(library)
+    error = doctor._error(under_test(*arrays), meant(*arrays))
+    assert (error == 0) == (second == 2.0)
 
 
 @pytest.mark.skipif(not versions.SELECT_JVP_BUG, reason="MLX 0.32.0 mended it")

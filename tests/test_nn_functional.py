@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 
@@ -200,6 +202,14 @@ def test_members_called_again_and_again():
         together.in_axes = axis
         inputs = [x] * 3 if axis is None else list(x)
         close(together(x), mx.stack([m(a) for m, a in zip(models, inputs)]), 1e-4)
+
+
+def test_an_ensemble_is_copied_and_pickled_after_a_call():
+    together = ensemble([nn.Linear(2, 3) for _ in range(3)])
+    x = mx.random.normal((4, 2))
+    want = together(x)
+    for copied in (copy.deepcopy(together), pickle.loads(pickle.dumps(together))):
+        assert mx.array_equal(copied(x), want)
 
 
 def test_dropout_of_members():

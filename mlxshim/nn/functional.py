@@ -231,7 +231,7 @@ class Ensemble(nn.Module):
             self.freeze(keys=["state_of_members"], recurse=False)
         self._no_grad.discard("members")
         # No item of the module: its arrays are the first model's, of which the shared ones count.
-        vars(self).update(_skeleton=models[0], _randomness=randomness, _mapped={})
+        vars(self).update(_skeleton=models[0], _randomness=randomness, _mapped=_Kept())
         self.size: int = len(models)
         self.in_axes: Any = in_axes
 
@@ -256,6 +256,13 @@ class Ensemble(nn.Module):
             )
         call = _Call(model, self.training, kwargs)
         return kept[key](call, self["members"], self.get("state_of_members", {}), *args)
+
+
+class _Kept(dict[Any, Any]):
+    """What is not copied or pickled with the module that holds it."""
+
+    def __reduce__(self) -> Any:
+        return _Kept, ()
 
 
 class _Call:
