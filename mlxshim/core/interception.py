@@ -5,9 +5,9 @@ the attribute for the length of a transform reaches it. The replacement is visib
 but takes over only in a thread that is tracing; in any other it is a plain call of the original.
 
 A module is of another class while a transform runs, and of its own on every way out. A type
-(`mx.array`) is slow to change, a microsecond for each method: its replacements stay behind when the
-last transform ends, and the first call of any of them outside a transform puts all of them back, as
-an exception does, and whoever asks for `names_in_place`.
+(`mx.array`) is changed method by method: its replacements stay behind when the last transform ends,
+and the first call of any of them outside a transform puts all of them back, as an exception does,
+and whoever asks for `names_in_place`.
 
 MLX's own transforms are replaced for the length of a *block* (`patched()`), too, where the thread
 that is inside it sees ours and every other one MLX's.

@@ -48,7 +48,7 @@ class VmapLevel:
 
 
 class _Here:
-    """The levels of one thread. (An attribute of a `threading.local` takes 5 times as long.)"""
+    """The levels of one thread. (Slots are reached sooner than a `threading.local`.)"""
 
     __slots__ = ("abstract", "calls", "running", "stack", "unmarked", "vmaps")
 

@@ -1,9 +1,9 @@
 """Plans: what a vmap learns about its own trace, so that it need not be built twice over.
 
 A node of a primitive carries a value, the decomposition, for the case that nothing it is called
-with is mapped; everywhere else that value is transformed and thrown away, which is most of what a
-trace costs. Only MLX knows what is mapped, and tells when the trace is through. So the second
-trace of a vmap notes which calls were, and from then on those take a placeholder for their value.
+with is mapped; everywhere else that value is transformed and thrown away, at every trace
+anew. Only MLX knows what is mapped, and tells when the trace is through. So the second trace of a
+vmap notes which calls were, and from then on those take a placeholder for their value.
 
 Nothing rests on a plan being right. A call that does not look like the noted one gets its value.
 One that looks like it and is not mapped this time is still computed once, from unmapped arrays; it

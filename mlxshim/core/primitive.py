@@ -62,8 +62,7 @@ class Primitive:
         self.batch = batch
         self.vjp = vjp or self._vjp_of_decomposition
         self.jvp = jvp or self._jvp_of_decomposition
-        # Building a custom_function costs more than calling it; its closures depend on nothing
-        # but the static arguments.
+        # Kept: the closures of a custom_function depend on nothing but the static arguments.
         self._node = functools.lru_cache(maxsize=512)(self._build_node)
 
     def __call__(self, *arrays: mx.array, **static: Any) -> list[mx.array]:

@@ -15,7 +15,7 @@ from ..core import custom, levels, replay, trees
 from ..core.closures import Closure
 from ..core.errors import ArgumentError, NoBatchingRule
 from ..core.primitive import Arrays
-from ._flat import Slot, unflatten
+from ._flat import Slot, is_numpy, unflatten
 from ._structure import is_module
 
 P = ParamSpec("P")
@@ -133,7 +133,7 @@ class Arguments:
         if below is not None:
             module = module or is_module(node)
             return trees.rebuild(node, [self._walk(x, number, module) for _, x in below])
-        if type(node).__module__ == "numpy" and hasattr(node, "dtype"):
+        if is_numpy(node):
             node = mx.array(node)
         if isinstance(node, mx.array):
             self.arrays.append(node)

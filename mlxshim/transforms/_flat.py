@@ -23,9 +23,12 @@ class Slot:
 
 
 def is_number(leaf: Any) -> bool:
-    return isinstance(leaf, (bool, int, float, complex)) or (
-        type(leaf).__module__ == "numpy" and hasattr(leaf, "dtype")
-    )
+    return isinstance(leaf, (bool, int, float, complex)) or is_numpy(leaf)
+
+
+def is_numpy(leaf: Any) -> bool:
+    """Whether it is an array or a scalar of NumPy's, which is not imported for that."""
+    return type(leaf).__module__ == "numpy" and hasattr(leaf, "dtype")
 
 
 def becomes(number: Any, dtype: mx.Dtype) -> bool:

@@ -11,7 +11,7 @@ import mlx.core as mx
 from ..core import trees
 from ..core.errors import ArgumentError
 from ..core.primitive import Node
-from ._flat import Slot
+from ._flat import Slot, is_numpy
 
 
 def check_spec(spec: Any, name: str) -> None:
@@ -72,7 +72,7 @@ class Inputs:
         if axis is None:
             return leaf
         if not isinstance(leaf, mx.array):
-            if type(leaf).__module__ != "numpy" or not getattr(leaf, "ndim", 0):
+            if not is_numpy(leaf) or not leaf.ndim:
                 return leaf
             leaf = mx.array(leaf)
         ndim = leaf.ndim

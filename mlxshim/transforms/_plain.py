@@ -1,8 +1,7 @@
 """Arguments that `mx.vmap` takes as they are: arrays, and lists, tuples and dicts of nothing else.
 
-They need not be taken apart and put together again, which costs more than the rest of a call. Trees
-are looked through once, for what MLX would not say in our words: everything else, errors included,
-is left to `_mapping`.
+They need not be taken apart and put together again at every call. Trees are looked through once,
+for what MLX would not say in our words: everything else, errors included, is left to `_mapping`.
 
 Source: python/src/transforms.cpp (`py_vmap`).
 """

@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from ..core import trees
 from ..core.errors import ArgumentError
+from ._flat import is_number
 
 REAL = frozenset((mx.float32, mx.float16, mx.bfloat16, mx.float64))
 
@@ -185,11 +186,7 @@ def as_array(leaf: Any) -> mx.array | None:
     """A number or an array of NumPy's as MLX's; None for what is neither."""
     if isinstance(leaf, mx.array):
         return leaf
-    if isinstance(leaf, (bool, int, float, complex)):
-        return mx.array(leaf)
-    if type(leaf).__module__ == "numpy" and hasattr(leaf, "dtype"):
-        return mx.array(leaf)
-    return None
+    return mx.array(leaf) if is_number(leaf) else None
 
 
 def is_module(node: Any) -> bool:
