@@ -1,10 +1,16 @@
-"""What the device at hand has kernels for."""
+"""Where calls run, and what the device at hand has kernels for."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import mlx.core as mx
+
+
+def within(stream: Any) -> Any:
+    """The context of a call that was given `stream`; None: the default."""
+    return contextlib.nullcontext() if stream is None else mx.stream(stream)
 
 
 def gpu(stream: Any = None) -> bool:

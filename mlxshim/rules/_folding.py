@@ -56,6 +56,11 @@ def sample_ndim(x: mx.array, axis: int | None) -> int:
     return x.ndim - (axis is not None)
 
 
+def sample_shape(x: mx.array, axis: int | None) -> tuple[int, ...]:
+    """The shape of one sample of `x`."""
+    return tuple(n for i, n in enumerate(x.shape) if i != axis)
+
+
 def loop_batch(
     bind: Callable[..., list[mx.array]], size: int, arrays: Arrays, axes: Axes, **static: Any
 ) -> tuple[list[mx.array], list[int]]:

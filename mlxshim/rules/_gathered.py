@@ -10,7 +10,15 @@ import mlx.core as mx
 from ..core import levels
 from ..core.interception import original
 from ..core.primitive import Arrays, Axes, Primitive
-from ._folding import broadcast_shape, front, loop_batch, pad_dims, sample_ndim, sum_to
+from ._folding import (
+    broadcast_shape,
+    front,
+    loop_batch,
+    pad_dims,
+    sample_ndim,
+    sample_shape,
+    sum_to,
+)
 from ._gathered_grad import add_at, gather_grad
 from ._matrices import count_of, counting, offset, stack
 from ._mlx_0_31 import matmul
@@ -76,7 +84,6 @@ def _fused(
 def _decomposed(
     *arrays: mx.array,
     op: str,
-    ordered: bool,
     transpose: bool,
     quantization: tuple[Any, ...],
     **form: Any,
@@ -132,7 +139,7 @@ def _batch(
     )
     ndim = max(lhs_ndim, rhs_ndim)
     if static["ordered"]:
-        single = _sample_shape(o.x, axis.x)[-2] == 1
+        single = sample_shape(o.x, axis.x)[-2] == 1
         if single and not mapped:
             return _sort_again(size, o, axis, static)
         # The indices of all samples are in order only if each has experts of its own.
@@ -176,10 +183,6 @@ def _sort_again(
     o.x, o.rhs = mx.take(stack(x), order, axis=0), mx.take(flat, order)
     out = mx.take(bind_gather(*o.flat(), **static)[0], mx.argsort(order), axis=0)
     return [mx.reshape(out, (*rhs.shape, *out.shape[-2:]))], [0]
-
-
-def _sample_shape(x: mx.array, axis: int | None) -> tuple[int, ...]:
-    return tuple(n for i, n in enumerate(x.shape) if i != axis)
 
 
 # The derivatives -------------------------------------------------------------------------------

@@ -20,13 +20,12 @@ from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ._devices import gpu as _gpu
 from ._dtypes import promoted
+from ._folding import sample_shape
+from ._partial import not_boolean, vjp_at
 from .attention_folds import (
     batch,
     fold,
-    fold_into_batch,
-    fold_into_heads,
-    sample_shape,
-    sinks_mapped,
+    fold_all,
     unfold,
 )
 from .attention_large import by_halves, is_large
@@ -246,11 +245,7 @@ def _batch_vjp(
     """All gradients are per sample, so an unmapped q, k or v is one sample's worth for each."""
     *primals, cotangent = arrays
     *primal_axes, cotangent_axis = axes
-    has_mask = static["has_mask"]
-    heads = sinks_mapped(primal_axes, has_mask)
-    dim = 1 if heads else 0
-    into = fold_into_heads if heads else fold_into_batch
-    folded = into(size, primals, primal_axes, has_mask)
+    folded, dim = fold_all(size, primals, primal_axes, static["has_mask"])
     folded[:3] = [
         mx.contiguous(x) if axis is None else x for x, axis in zip(folded[:3], primal_axes)
     ]
@@ -262,25 +257,15 @@ def _batch_vjp(
 
 
 def _vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays, **static: Any) -> list[mx.array]:
-    q, k, v, *rest = primals
-    grads = attention_vjp(*primals, cotangents[0], **static)
-    if not rest:
-        return grads
+    grads = list(attention_vjp(*primals, cotangents[0], **static))
+    grads += [mx.zeros_like(x) for x in primals[3:]]
     # No kernel gives these; the graph is lazy, so they cost nothing to those who do not ask.
-    wanted = [i for i, x in enumerate(rest) if x.dtype != mx.bool_]
-
-    def of_rest(*xs: mx.array) -> list[mx.array]:
-        full = list(rest)
-        for i, x in zip(wanted, xs):
-            full[i] = x
-        return decompose(q, k, v, *full, **static)
-
-    others = [mx.zeros_like(x) for x in rest]
-    if wanted:
-        found = native.vjp(of_rest, [rest[i] for i in wanted], list(cotangents))[1]
-        for i, g in zip(wanted, found):
-            others[i] = g
-    return grads + others
+    places = [i for i in not_boolean(primals) if i >= 3]
+    if places:
+        fun = functools.partial(decompose, **static)
+        for i, g in zip(places, vjp_at(fun, primals, places, cotangents)):
+            grads[i] = g
+    return grads
 
 
 attention = Primitive(

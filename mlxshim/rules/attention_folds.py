@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..core.primitive import Arrays, Axes
+from ._folding import sample_shape
 
 #: The operation, of the folded arrays: outputs of the shape of the queries but for the last axis.
 Bind = Callable[..., "list[mx.array]"]
@@ -24,23 +25,18 @@ def batch(
         rows = _rows_are_free(arrays, axes, **static)
         share = _share_by_length if rows else _share_by_group
         return share(bind, size, arrays, axes, **static)
-    dim = 1 if sinks_mapped(axes, static["has_mask"]) else 0
-    into = fold_into_heads if dim else fold_into_batch
-    outs = bind(*into(size, arrays, axes, static["has_mask"]), **static)
+    folded, dim = fold_all(size, arrays, axes, static["has_mask"])
+    outs = bind(*folded, **static)
     return [unfold(x, dim, size) for x in outs], [dim] * len(outs)
 
 
-def sample_shape(x: mx.array, axis: int | None) -> tuple[int, ...]:
-    return tuple(n for i, n in enumerate(x.shape) if i != axis)
-
-
-def sinks_mapped(axes: Axes, has_mask: bool) -> bool:
+def _sinks_mapped(axes: Axes, has_mask: bool) -> bool:
     return len(axes) > 3 + has_mask and axes[-1] is not None
 
 
 def _rows_are_free(arrays: Arrays, axes: Axes, causal: bool, has_mask: bool, **_: Any) -> bool:
     """Whether samples can be further query rows: no row's weights depend on where it stands."""
-    if (causal and sample_shape(arrays[0], axes[0])[2] > 1) or sinks_mapped(axes, has_mask):
+    if (causal and sample_shape(arrays[0], axes[0])[2] > 1) or _sinks_mapped(axes, has_mask):
         return False
     if not has_mask or axes[3] is not None:
         return True
@@ -100,39 +96,26 @@ def _share_by_group(
     return [mx.flatten(mx.moveaxis(x, 2, 0), 2, 3) for x in outs], [0] * len(outs)
 
 
-def fold_into_batch(size: int, arrays: Arrays, axes: Axes, has_mask: bool) -> list[mx.array]:
-    """(N, B, ...) -> (N * B, ...) for every array; sinks are unmapped and stay."""
-    folded = [fold(x, axis, size, 0) for x, axis in zip(arrays[:3], axes)]
+def fold_all(size: int, arrays: Arrays, axes: Axes, has_mask: bool) -> tuple[list[mx.array], int]:
+    """(N, B, ...) -> (N * B, ...) for all that has sequences, and 0, the dimension folded into.
+
+    Mapped sinks belong to heads: then (B, N, H, ...) -> (B, N * H, ...), and 1.
+    """
+    dim = 1 if _sinks_mapped(axes, has_mask) else 0
+    folded = [fold(x, axis, size, dim) for x, axis in zip(arrays[:3], axes)]
     folded[0] = _queries(folded[0], axes[0])
     rest = list(arrays[3:])
     if has_mask:
-        batch = folded[0].shape[0] // size
         mask = _mask_front(rest[0], axes[3])
-        if axes[3] is None and mask.shape[1] == 1:
-            mask = mask[0]
+        if axes[3] is None and mask.shape[1 + dim] == 1:
+            rest[0] = mask[0]
         else:
-            shape = (size, batch, *mask.shape[2:])
-            mask = mx.flatten(mx.broadcast_to(mask, shape), 0, 1)
-        rest[0] = mask
-    return folded + rest
-
-
-def fold_into_heads(size: int, arrays: Arrays, axes: Axes, has_mask: bool) -> list[mx.array]:
-    """(B, N, H, ...) -> (B, N * H, ...): sinks belong to heads, so mapped ones need this."""
-    folded = [fold(x, axis, size, 1) for x, axis in zip(arrays[:3], axes)]
-    folded[0] = _queries(folded[0], axes[0])
-    rest = list(arrays[3:])
-    if has_mask:
-        heads = folded[0].shape[1] // size
-        mask = _mask_front(rest[0], axes[3])
-        if axes[3] is None and mask.shape[2] == 1:
-            mask = mask[0]
-        else:
-            mask = mx.broadcast_to(mask, (size, mask.shape[1], heads, *mask.shape[3:]))
-            mask = mx.flatten(mx.moveaxis(mask, 0, 1), 1, 2)
-        rest[0] = mask
-    rest[-1] = fold(rest[-1], axes[-1], size, 0)
-    return folded + rest
+            full = list(mask.shape)
+            full[0], full[1 + dim] = size, folded[0].shape[dim] // size
+            rest[0] = mx.flatten(mx.moveaxis(mx.broadcast_to(mask, full), 0, dim), dim, dim + 1)
+    if dim:
+        rest[-1] = fold(rest[-1], axes[-1], size, 0)
+    return folded + rest, dim
 
 
 def _mask_front(mask: mx.array, axis: int | None) -> mx.array:

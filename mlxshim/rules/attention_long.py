@@ -16,12 +16,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..core import levels, native
+from ..core import levels
 from ..core.primitive import Arrays, Axes, Node
 from . import _devices
 from . import attention_blocks as blocks
+from ._folding import sample_shape
 from ._opaque import Opaque
-from .attention_folds import batch, fold, fold_into_batch, fold_into_heads, sinks_mapped, unfold
+from ._partial import jvp_at, not_boolean, vjp_at
+from .attention_folds import batch, fold, fold_all, unfold
 from .attention_plain import decompose, decompose_vjp
 
 # The budget ------------------------------------------------------------------------------------
@@ -160,8 +162,9 @@ def _vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays, **static: Any) ->
 
 
 def _jvp(primals: Arrays, tangents: Arrays, outputs: Arrays, **static: Any) -> list[mx.array]:
-    tangent = _tangents(functools.partial(decompose, **static), primals, tangents)[0]
-    return [tangent, *_shaped(*primals)[1:]]
+    fun = functools.partial(decompose, **static)
+    out = jvp_at(fun, primals, not_boolean(primals), tangents)
+    return [*out, *_shaped(*primals)[1:]]
 
 
 def _shaped(q: mx.array, k: mx.array, v: mx.array, *_: mx.array, **__: Any) -> list[mx.array]:
@@ -181,17 +184,18 @@ attention = _InBlocks(
 # The backward pass -----------------------------------------------------------------------------
 
 
-def _fold_all(size: int, arrays: Arrays, axes: Axes, has_mask: bool) -> tuple[list[mx.array], int]:
+def _fold_with_rows(
+    size: int, arrays: Arrays, axes: Axes, has_mask: bool
+) -> tuple[list[mx.array], int]:
     """Everything that a backward pass takes, folded, and the dimension it is folded into."""
     *primals, out, top, total, cotangent = arrays
-    dim = 1 if sinks_mapped(axes[:-4], has_mask) else 0
-    into = fold_into_heads if dim else fold_into_batch
+    folded, dim = fold_all(size, primals, axes[:-4], has_mask)
     of_rows = [fold(x, axis, size, dim) for x, axis in zip((out, top, total, cotangent), axes[-4:])]
-    return [*into(size, primals, axes[:-4], has_mask), *of_rows], dim
+    return [*folded, *of_rows], dim
 
 
 def _batch_vjp(size: int, arrays: Arrays, axes: Axes, **static: Any) -> list[mx.array]:
-    folded, dim = _fold_all(size, arrays, axes, static["has_mask"])
+    folded, dim = _fold_with_rows(size, arrays, axes, static["has_mask"])
     grads = [unfold(g, dim, size) for g in attention_vjp(*folded, **static)]
     return [mx.moveaxis(g, dim, 0) if dim else g for g in grads]
 
@@ -200,8 +204,8 @@ def _batch_mask_vjp(size: int, arrays: Arrays, axes: Axes, **static: Any) -> lis
     arrays, axes = list(arrays), list(axes)
     if axes[3] is None:  # each sample has a gradient of its own
         arrays[3], axes[3] = mx.broadcast_to(arrays[3], (size, *arrays[3].shape)), 0
-    shape = tuple(n for i, n in enumerate(arrays[3].shape) if i != axes[3])
-    folded, dim = _fold_all(size, arrays, axes, True)
+    shape = sample_shape(arrays[3], axes[3])
+    folded, dim = _fold_with_rows(size, arrays, axes, True)
     g = mx.moveaxis(unfold(mask_vjp(*folded, **static)[0], dim, size), dim, 0)
     # Folding wrote a mask out for all the sequences or heads that share it.
     full = (1,) * (4 - len(shape)) + shape
@@ -214,7 +218,7 @@ def _batch_sinks_vjp(size: int, arrays: Arrays, axes: Axes, **static: Any) -> li
     arrays, axes = list(arrays), list(axes)
     if axes[-5] is None:
         arrays[-5], axes[-5] = mx.broadcast_to(arrays[-5], (size, *arrays[-5].shape)), 0
-    folded = _fold_all(size, arrays, axes, static["has_mask"])[0]  # into the heads
+    folded = _fold_with_rows(size, arrays, axes, static["has_mask"])[0]  # into the heads
     return [unfold(sinks_vjp(*folded, **static)[0], 0, size)]
 
 
@@ -227,16 +231,9 @@ def _vjp_of_vjp(
 ) -> list[mx.array]:
     *given, out, top, total, cotangent = primals
     xs = [*given, cotangent]
-    at = [i for i, x in enumerate(xs) if x.dtype != mx.bool_]
-
-    def fun(*some: mx.array) -> list[mx.array]:
-        full = list(xs)
-        for i, x in zip(at, some):
-            full[i] = x
-        return plain(*full, **static)
-
+    places = not_boolean(xs)
     grads = [mx.zeros_like(x) for x in xs]
-    for i, g in zip(at, native.vjp(fun, [xs[i] for i in at], list(cotangents))[1]):
+    for i, g in zip(places, vjp_at(functools.partial(plain, **static), xs, places, cotangents)):
         grads[i] = g
     # What the forward pass gave follows from the primals, whose gradients are whole ones.
     return [*grads[:-1], *(mx.zeros_like(x) for x in (out, top, total)), grads[-1]]
@@ -252,32 +249,13 @@ def _jvp_of_vjp(
     def own(arrays: Arrays) -> list[mx.array]:
         return [*arrays[:-4], arrays[-1]]
 
-    return _tangents(functools.partial(plain, **static), own(primals), own(tangents))
-
-
-def _tangents(
-    fun: Callable[..., list[mx.array]], primals: Arrays, tangents: Arrays
-) -> list[mx.array]:
-    at = [i for i, x in enumerate(primals) if x.dtype != mx.bool_]
-
-    def of_some(*some: mx.array) -> list[mx.array]:
-        full = list(primals)
-        for i, x in zip(at, some):
-            full[i] = x
-        return fun(*full)
-
-    return native.jvp(of_some, [primals[i] for i in at], [tangents[i] for i in at])[1]
+    xs = own(primals)
+    return jvp_at(functools.partial(plain, **static), xs, not_boolean(xs), own(tangents))
 
 
 def _decompose_vjp_of(place: int, *arrays: mx.array, **static: Any) -> list[mx.array]:
     *primals, cotangent = arrays
-
-    def fun(x: mx.array) -> list[mx.array]:
-        full = list(primals)
-        full[place] = x
-        return decompose(*full, **static)
-
-    return native.vjp(fun, [primals[place]], [cotangent])[1]
+    return vjp_at(functools.partial(decompose, **static), primals, [place], [cotangent])
 
 
 def _backward(

@@ -28,8 +28,9 @@ from ..core.interception import original
 from ..core.primitive import Arrays, Axes, Primitive
 from . import _devices
 from ._constants import constant
+from ._folding import sample_ndim, sample_shape
 from ._mlx_0_31 import keep_where, matmul
-from .attention_folds import batch, fold, fold_into_batch, unfold
+from .attention_folds import batch, fold, fold_all, unfold
 from .attention_plain import FLOOR, by_group, past
 
 #: Bytes of keys and values that a GPU copies in the time that it takes to start the operations of
@@ -102,8 +103,8 @@ def _batch_query_vjp(
     size: int, arrays: Arrays, axes: Axes, **static: Any
 ) -> tuple[list[mx.array], list[int]]:
     q, k, v, *of_rows = arrays
-    if axes[1] is None and axes[2] is None and (q.ndim - (axes[0] is not None)) == 4:
-        length = q.shape[2] if axes[0] is None else _without(q.shape, axes[0])[2]
+    if axes[1] is None and axes[2] is None and sample_ndim(q, axes[0]) == 4:
+        length = sample_shape(q, axes[0])[2]
         if length == 1 or not static["causal"]:  # samples are further rows
             rows = [fold(x, a, size, 2) for x, a in zip((q, *of_rows), (axes[0], *axes[3:]))]
             static["causal"] = False
@@ -115,14 +116,10 @@ def _batch_query_vjp(
 def _batch_of_batch(
     bind: Any, size: int, arrays: Arrays, axes: Axes, **static: Any
 ) -> tuple[list[mx.array], list[int]]:
-    folded = fold_into_batch(size, arrays[:3], axes[:3], False)
+    folded, _ = fold_all(size, arrays[:3], axes[:3], False)
     folded += [fold(x, a, size, 0) for x, a in zip(arrays[3:], axes[3:])]
     grads = [unfold(g, 0, size) for g in bind(*folded, **static)]
     return grads, [0] * len(grads)
-
-
-def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    return tuple(n for i, n in enumerate(shape) if i != axis)
 
 
 def _vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays, **static: Any) -> list[mx.array]:
@@ -220,7 +217,7 @@ def _batch_both(
     q, pk, pv, k, v = arrays
     q, k, v = (fold(x, axes[i], size, 0) for i, x in ((0, q), (3, k), (4, v)))
     if axes[1] is not None or axes[2] is not None:
-        batch = pk.shape[0] if axes[1] is None else _without(pk.shape, axes[1])[0]
+        batch = sample_shape(pk, axes[1])[0]
         pk, pv = fold(pk, axes[1], size, 0), fold(pv, axes[2], size, 0)
         repeats = q.shape[0] // (size * batch)
         if repeats > 1:  # (N, R, B, ...) -> (R, N, B, ...)

@@ -13,7 +13,6 @@ Source: mlx/primitives.cpp, `vmap_binary_op` and the `vmap` of these three.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +23,7 @@ from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ..core.versions import SELECT_JVP_BUG
+from ._devices import within
 
 Operand = Any  # an array, or a scalar that MLX makes one
 
@@ -65,14 +65,10 @@ def _bitwise(owner: Any, name: str, same: str) -> Callable[..., mx.array]:
             return original(owner, name)(a, b, **on)
         if not isinstance(a, mx.array):
             a = mx.array(a, b.dtype)
-        with _on(stream):
+        with within(stream):
             return bitwise(a, b, name=same)[0]
 
     return handler
-
-
-def _on(stream: Any) -> Any:
-    return contextlib.nullcontext() if stream is None else mx.stream(stream)
 
 
 def _in_place(name: str, operator: Callable[..., mx.array]) -> None:

@@ -15,7 +15,6 @@ Source: mlx/fft.cpp; mlx/primitives.cpp, `FFT`.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -25,6 +24,7 @@ from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ..core.versions import MLX
+from ._devices import within
 
 Ints = tuple[int, ...]
 
@@ -149,7 +149,7 @@ def _repair(name: str, default: Ints | None, one: bool) -> None:
             sizes = [a.shape[axis] for axis in axes]
             sizes[-1] = checked.shape[axes[-1]] if real and inverse else sizes[-1]
         stream = given.get("stream")
-        with contextlib.nullcontext() if stream is None else mx.stream(stream):
+        with within(stream):
             norm = given.get("norm", "backward")
             return _over(a, tuple(sizes), axes, real, inverse, norm)
 

@@ -15,7 +15,6 @@ Source: mlx/primitives.cpp, `Gather`, `Scatter`, `MaskedScatter`; python/src/ind
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from types import EllipsisType
 from typing import Any
@@ -25,6 +24,7 @@ import mlx.core as mx
 from ..core import levels
 from ..core.interception import intercept, original
 from ..core.versions import MLX, MLX_VERSION, SELECT_JVP_BUG, TWO_TANGENTS_BUG
+from ._devices import within
 from ._fronted import fronted
 from ._one_entry import ONE_ENTRY_BUG, plain_steps
 from ._tracers import is_tracer
@@ -115,7 +115,7 @@ def take(x: mx.array, indices: Any, axis: int | None = None, *, stream: Any = No
         if axis is None:
             x, axis = mx.reshape(x, (-1,)), 0
         if -x.ndim <= axis < x.ndim:
-            with contextlib.nullcontext() if stream is None else mx.stream(stream):
+            with within(stream):
                 return x[(*(slice(None),) * (axis % x.ndim), indices)]
     if not isinstance(indices, mx.array) or "vmap" not in levels.active():
         return raw(x, indices, axis, stream=stream)

@@ -23,12 +23,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..core import levels, native
+from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ._constants import constant
 from ._folding import broadcast_shape, front, on_stream, pad_dims, sample_ndim
 from ._mlx_0_31 import matmul
+from ._partial import not_boolean, vjp_at
 from ._tracers import is_tracer
 
 # addmm -----------------------------------------------------------------------------------------
@@ -174,15 +175,8 @@ def _vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays, **static: Any) ->
 def _vjp_by(forward: Any, *arrays: mx.array, **static: Any) -> list[mx.array]:
     """The gradients of the floating arguments."""
     *primals, cotangent = arrays
-    floating = [i for i, x in enumerate(primals) if x.dtype != mx.bool_]
-
-    def of_floating(*xs: mx.array) -> list[mx.array]:
-        full = list(primals)
-        for i, x in zip(floating, xs):
-            full[i] = x
-        return forward(*full, **static)
-
-    return native.vjp(of_floating, [primals[i] for i in floating], [cotangent])[1]
+    fun = functools.partial(forward, **static)
+    return vjp_at(fun, primals, not_boolean(primals), [cotangent])
 
 
 def _fused_vjp(*arrays: mx.array, given: tuple[bool, ...], **static: Any) -> list[mx.array]:

@@ -10,7 +10,6 @@ Source: mlx/ops.cpp, mlx/primitives.cpp, `SearchSorted`.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +17,7 @@ import mlx.core as mx
 from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes
+from ._devices import within
 from ._opaque import Opaque
 
 
@@ -77,5 +77,5 @@ def searchsorted(
     # The dtype that MLX compares in.
     dtype = mx.result_type(sorted_sequence.dtype, values.dtype)
     a, v = sorted_sequence.astype(dtype), values.astype(dtype)
-    with contextlib.nullcontext() if stream is None else mx.stream(stream):
+    with within(stream):
         return _search(a, v, side=side)[0]

@@ -15,7 +15,6 @@ Source: mlx/primitives.cpp, `DynamicSlice` and `DynamicSliceUpdate`; mlx/backend
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ..core.versions import MLX, SELECT_JVP_BUG
+from ._devices import within
 
 Ints = tuple[int, ...]
 
@@ -196,7 +196,7 @@ def slice_(
     native = original(mx, "slice")(a, start_indices, axes, slice_size, stream=stream)
     if not _concerned(start_indices):
         return native
-    with _on(stream):
+    with within(stream):
         return read(a, _flat(start_indices), _counted(axes, a.ndim), native.shape)
 
 
@@ -208,7 +208,7 @@ def slice_update(
     if not _concerned(start_indices):
         return native
     axes = _counted(axes, a.ndim)
-    with _on(stream):
+    with within(stream):
         # Dimensions that it lacks are broadcast, those that it has are the slice's.
         lacking = range(a.ndim - update.ndim)
         first = (1 if axis in axes else a.shape[axis] for axis in lacking)
@@ -222,7 +222,3 @@ def _flat(start: mx.array) -> mx.array:
 
 def _counted(axes: Any, ndim: int) -> Ints:
     return tuple(axis % ndim for axis in axes)
-
-
-def _on(stream: Any) -> Any:
-    return contextlib.nullcontext() if stream is None else mx.stream(stream)

@@ -15,7 +15,6 @@ Delete when 0.32.4 is the oldest served.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import mlx.core as mx
@@ -23,14 +22,11 @@ import mlx.core as mx
 from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
+from ._devices import within
 
 
 def _from_the_front(a: mx.array, axis: int | None) -> tuple[mx.array, int]:
     return (mx.reshape(a, (-1,)), 0) if axis is None else (a, axis % a.ndim)
-
-
-def _on(stream: Any) -> Any:
-    return contextlib.nullcontext() if stream is None else mx.stream(stream)
 
 
 # Orders -----------------------------------------------------------------------------------------
@@ -68,7 +64,7 @@ def argpartition(
     if not levels.active():
         return raw(a, kth, axis, stream=stream)
     raw(a, kth, axis, stream=stream)  # MLX's own messages; thrown away
-    with _on(stream):
+    with within(stream):
         a, axis = _from_the_front(mx.stop_gradient(a), axis)
         return _parted(a, kth=kth, axis=axis)[0]
 
@@ -81,7 +77,7 @@ def sort(a: mx.array, /, axis: int | None = -1, *, stream: Any = None) -> mx.arr
     raw, stack = original(mx, "sort"), levels.active()
     if not stack or a.ndim == 0 or (axis is not None and not -a.ndim <= axis < a.ndim):
         return raw(a, axis, stream=stream)
-    with _on(stream):
+    with within(stream):
         a, axis = _from_the_front(a, axis)
         if "grad" in stack or "jvp" in stack:
             return mx.take_along_axis(a, argsort(a, axis), axis)
@@ -93,7 +89,7 @@ def partition(a: mx.array, /, kth: int, axis: int | None = -1, *, stream: Any = 
     raw = original(mx, "partition")(a, kth, axis, stream=stream)
     if not levels.active():
         return raw
-    with _on(stream):
+    with within(stream):
         a, axis = _from_the_front(a, axis)
         return mx.take_along_axis(a, argpartition(a, kth, axis), axis)
 
@@ -103,7 +99,7 @@ def topk(a: mx.array, /, k: int, axis: int | None = -1, *, stream: Any = None) -
     raw = original(mx, "topk")(a, k, axis, stream=stream)
     if not levels.active():
         return raw
-    with _on(stream):
+    with within(stream):
         a, axis = _from_the_front(a, axis)
         n = a.shape[axis]
         if k == n:
@@ -123,7 +119,7 @@ def median(
     several = axis if isinstance(axis, (tuple, list)) else [axis]
     axes = sorted(i % a.ndim for i in (range(a.ndim) if axis is None else several))
     stay = [i for i in range(a.ndim) if i not in axes]
-    with _on(stream):
+    with within(stream):
         a = mx.reshape(mx.transpose(a, (*stay, *axes)), (*(a.shape[i] for i in stay), -1))
         a = sort(a, a.ndim - 1)
         n = a.shape[-1]

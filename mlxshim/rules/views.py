@@ -17,7 +17,6 @@ Source: mlx/primitives.cpp, `Pad` (whose vjp and jvp know nothing of `v`), `AsSt
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +27,7 @@ from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ..core.versions import MLX, SELECT_JVP_BUG
+from ._devices import within
 from ._fronted import fronted
 from ._tracers import is_tracer
 from .windows import Window, write
@@ -49,10 +49,10 @@ def pad(
         of_array = isinstance(constant_values, mx.array) and is_tracer(constant_values)
         if of_array or (MLX < (0, 32, 4) and "vmap" in stack):
             padded = raw(a, pad_width, mode, 0, stream=stream)
-            with _on(stream):
+            with within(stream):
                 return _written(a, padded.shape, _widths(pad_width, a.ndim), constant_values)
     elif SELECT_JVP_BUG and mode == "edge" and "jvp" in stack:
-        with _on(stream):
+        with within(stream):
             for axis, (low, high) in enumerate(_widths(pad_width, a.ndim)):
                 n = a.shape[axis]
                 places = mx.clip(mx.arange(-low, n + high), 0, n - 1)
@@ -82,10 +82,6 @@ def _widths(pad_width: Any, ndim: int) -> list[tuple[int, int]]:
 
 
 # Strided views ----------------------------------------------------------------------------------
-
-
-def _on(stream: Any) -> Any:
-    return contextlib.nullcontext() if stream is None else mx.stream(stream)
 
 
 def _gathered(x: mx.array, *, shape: Any, strides: Any, offset: int) -> list[mx.array]:
@@ -128,7 +124,7 @@ def as_strided(
     if strides is None:
         sizes = checked.shape
         strides = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
-    with _on(stream):
+    with within(stream):
         return _strided(a, shape=checked.shape, strides=tuple(strides), offset=offset)[0]
 
 
