@@ -106,3 +106,26 @@ def test_cumulative_products_are_refused(method: bool):
     with pytest.raises(NotImplementedError, match="cumprod"):
         vjp(of_parts, [x], [x])
     assert vmap(of_parts)(mx.stack([x, x])).shape == (2, 2)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_lengths_whose_squares_are_no_numbers(size: float):
+    a, b = mx.array([3.0, 0.0]) * size, mx.array([4.0, 1.0]) * size
+
+    def length(a: mx.array, b: mx.array) -> mx.array:
+        return mx.abs(a + 1j * b)
+
+    def sign(a: mx.array, b: mx.array) -> list[mx.array]:
+        y = mx.sign(a + 1j * b)
+        return [mx.real(y), mx.imag(y)]
+
+    cosines, sines = mx.array([0.6, 0.0]), mx.array([0.8, 1.0])
+    values, tangents = jvp(length, [a, b], [mx.full(2, size), mx.zeros(2)])
+    pulled = vjp(length, [a, b], [mx.ones(2)])[1]
+    for got, want in (
+        (values[0] / size, mx.array([5.0, 1.0])),
+        (tangents[0] / size, cosines),
+        *zip(pulled, (cosines, sines)),
+        *zip(vjp(sign, [a, b], [mx.ones(2), mx.ones(2)])[0], (cosines, sines)),
+    ):
+        assert mx.allclose(got, want, rtol=1e-5, atol=1e-6)

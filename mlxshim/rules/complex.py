@@ -20,7 +20,9 @@ from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ..core.versions import MLX, MLX_VERSION
-from ._folding import sum_to
+from ._constants import constant
+from ._devices import within
+from ._folding import on_stream, sum_to
 
 #: f'(z), given z and y = f(z).
 DERIVATIVES: dict[str, Callable[[mx.array, mx.array], mx.array]] = {
@@ -119,11 +121,7 @@ def _unary(owner: Any, name: str) -> None:
         raw = original(owner, name)
         if not (_differentiated() and isinstance(a, mx.array) and a.dtype == mx.complex64):
             return raw(a, *args, **kwargs)
-        stream = kwargs.get("stream")
-        if stream is None:
-            return _bind(a, name=name)
-        with mx.stream(stream):
-            return _bind(a, name=name)
+        return on_stream(kwargs.get("stream"), _bind, a, name=name)
 
 
 if MLX < (0, 32, 4):
@@ -136,16 +134,30 @@ if MLX < (0, 32, 4):
 # What is not holomorphic -------------------------------------------------------------------------
 
 
+_LARGEST = mx.finfo(mx.float32).max
+
+
+def _length(z: mx.array) -> mx.array:
+    """In units of the greater part of z, whose square neither underflows nor overflows.
+
+    A constant unit: what is divided by it is multiplied by it, so it has no derivative.
+    """
+    x, y = mx.real(z), mx.imag(z)
+    greater = mx.maximum(mx.abs(mx.stop_gradient(x)), mx.abs(mx.stop_gradient(y)))
+    unit = mx.minimum(greater, constant(_LARGEST, mx.float32))
+    unit = unit + mx.equal(unit, 0).astype(mx.float32)
+    square = mx.square(x / unit) + mx.square(y / unit)
+    zero = mx.equal(square, 0).astype(mx.float32)  # of which the derivative is zero
+    return (mx.sqrt(square + zero) - zero) * unit
+
+
 def _abs(owner: Any, name: str) -> None:
     @intercept(owner, name)
     def absolute(a: Any, *args: Any, **kwargs: Any) -> mx.array:
         if not (_differentiated() and _is_complex(a)):
             return original(owner, name)(a, *args, **kwargs)
-        stream = kwargs.get("stream")
-        with mx.stream(mx.default_device() if stream is None else stream):
-            square = mx.square(mx.real(a)) + mx.square(mx.imag(a))
-            zero = mx.equal(square, 0).astype(mx.float32)  # of which the derivative is zero
-            return mx.sqrt(square + zero) - zero
+        with within(kwargs.get("stream")):
+            return _length(a)
 
 
 _abs(mx, "abs")
@@ -157,8 +169,8 @@ _abs(mx.array, "__abs__")
 def sign(a: Any, stream: Any = None) -> mx.array:
     if not (_differentiated() and _is_complex(a)):
         return original(mx, "sign")(a, stream=stream)
-    with mx.stream(mx.default_device() if stream is None else stream):
-        length = mx.abs(a)
+    with within(stream):
+        length = _length(a)
         return a / (length + mx.equal(length, 0).astype(mx.float32))
 
 
