@@ -37,6 +37,14 @@ def pad_dims(x: mx.array, ndim: int, keep: int = 1) -> mx.array:
     return mx.expand_dims(x, tuple(range(keep, keep + missing))) if missing > 0 else x
 
 
+def aligned(size: int, arrays: Arrays, axes: Axes) -> list[mx.array]:
+    """Arrays that broadcast with each other, the mapped axes first; an unmapped one as it is."""
+    ndim = 1 + max(sample_ndim(x, axis) for x, axis in zip(arrays, axes))
+    return [
+        x if axis is None else pad_dims(front(x, axis, size), ndim) for x, axis in zip(arrays, axes)
+    ]
+
+
 def sum_to(x: mx.array, shape: Sequence[int]) -> mx.array:
     """The transpose of broadcasting an array of that shape."""
     extra = x.ndim - len(shape)

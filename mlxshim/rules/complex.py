@@ -22,7 +22,7 @@ from ..core.primitive import Arrays, Axes, Primitive
 from ..core.versions import MLX, MLX_VERSION
 from ._constants import constant
 from ._devices import within
-from ._folding import on_stream, sum_to
+from ._folding import aligned, on_stream, sum_to
 
 #: f'(z), given z and y = f(z).
 DERIVATIVES: dict[str, Callable[[mx.array, mx.array], mx.array]] = {
@@ -68,14 +68,7 @@ def _slopes(arrays: Arrays, y: mx.array, name: str) -> list[mx.array]:
 
 
 def _batch(size: int, arrays: Arrays, axes: Axes, *, name: str) -> tuple[list[mx.array], list[int]]:
-    ndim = max(x.ndim - (axis is not None) for x, axis in zip(arrays, axes))
-    moved = []
-    for x, axis in zip(arrays, axes):
-        if axis is not None:
-            x = mx.moveaxis(x, axis, 0)
-            x = mx.reshape(x, (size, *(1,) * (1 + ndim - x.ndim), *x.shape[1:]))
-        moved.append(x)
-    return [_bind(*moved, name=name)], [0]
+    return [_bind(*aligned(size, arrays, axes), name=name)], [0]
 
 
 def _conjugate(z: mx.array) -> mx.array:

@@ -24,6 +24,7 @@ from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ..core.versions import SELECT_JVP_BUG
 from ._devices import within
+from ._folding import aligned
 
 Operand = Any  # an array, or a scalar that MLX makes one
 
@@ -37,19 +38,7 @@ def _value(a: mx.array, b: mx.array, *, name: str) -> list[mx.array]:
 
 
 def _batch(size: int, arrays: Arrays, axes: Axes, *, name: str) -> tuple[list[mx.array], list[int]]:
-    ndim = max(x.ndim - (axis is not None) for x, axis in zip(arrays, axes))
-    fronts = [_front(x, axis, ndim) for x, axis in zip(arrays, axes)]
-    return bitwise(*fronts, name=name), [0]
-
-
-def _front(x: mx.array, axis: int | None, ndim: int) -> mx.array:
-    """`x`, its mapped axis in front of `ndim` dimensions; an unmapped one broadcasts as it is."""
-    if axis is None:
-        return x
-    if axis:
-        x = mx.moveaxis(x, axis, 0)
-    missing = 1 + ndim - x.ndim
-    return mx.reshape(x, (x.shape[0], *(1,) * missing, *x.shape[1:])) if missing else x
+    return bitwise(*aligned(size, arrays, axes), name=name), [0]
 
 
 bitwise = Primitive("bitwise", decomposition=_value, lowering=_value, batch=_batch)

@@ -27,7 +27,7 @@ from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ._constants import constant
-from ._folding import broadcast_shape, front, on_stream, pad_dims, sample_ndim
+from ._folding import aligned, broadcast_shape, front, on_stream, pad_dims
 from ._mlx_0_31 import matmul
 from ._partial import not_boolean, vjp_at
 from ._tracers import is_tracer
@@ -160,11 +160,7 @@ def _repeats(count: int, length: int, block: int, dtype: mx.Dtype) -> mx.array:
 def _batch(
     size: int, arrays: Arrays, axes: Axes, **static: Any
 ) -> tuple[list[mx.array], list[int]]:
-    ndim = 1 + max(sample_ndim(x, axis) for x, axis in zip(arrays, axes))
-    folded = [
-        x if axis is None else pad_dims(front(x, axis, size), ndim) for x, axis in zip(arrays, axes)
-    ]
-    return _bind(*folded, **static), [0]
+    return _bind(*aligned(size, arrays, axes), **static), [0]
 
 
 def _vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays, **static: Any) -> list[mx.array]:

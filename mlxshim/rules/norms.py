@@ -31,6 +31,7 @@ from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from . import _devices
 from ._constants import constant
+from ._folding import front
 
 # The calls -------------------------------------------------------------------------------------
 
@@ -143,7 +144,7 @@ def _batch_vjp(
 ) -> tuple[list[mx.array], list[int]]:
     x, *weight, cotangent = arrays
     rows = x.ndim - (axes[0] is not None)
-    xs, cotangents = _front(x, axes[0], size), _front(cotangent, axes[-1], size)
+    xs, cotangents = front(x, axes[0], size), front(cotangent, axes[-1], size)
     if not weighted:
         return norm_vjp(xs, cotangents, weighted=False, **form), [0]
     if axes[1] is None:
@@ -171,12 +172,6 @@ def _beside(x: mx.array, axis: int | None, ndim: int) -> mx.array:
         return x
     x = mx.moveaxis(x, axis, 0)
     return mx.expand_dims(x, tuple(range(1, ndim))) if ndim > 1 else x
-
-
-def _front(x: mx.array, axis: int | None, size: int) -> mx.array:
-    if axis is None:
-        return mx.broadcast_to(x, (size, *x.shape))
-    return mx.moveaxis(x, axis, 0) if axis else x
 
 
 def _sum_of_rows(x: mx.array, first: int) -> mx.array:
