@@ -7,8 +7,10 @@ import threading
 import mlx.core as mx
 import pytest
 
+import mlxshim
 from mlxshim import grad, vmap
 from mlxshim.core import interception, levels
+from mlxshim.core.versions import MLX
 
 TYPES = [(e.owner, e.name) for e in interception._on_types]
 MODULES = [
@@ -137,3 +139,55 @@ def test_many_threads_at_once():
     assert wrong == []
     assert not interception.in_place()
     assert want == pytest.approx([float(v) for v in vmap(lambda x: x.sum((0, 1)))(x).tolist()])
+
+
+#: The derivative of a function at z in a direction v, by each transform that takes a function.
+DERIVATIVES = {
+    "grad": lambda f, z, v: v * grad(f, holomorphic=True)(z),
+    "value_and_grad": lambda f, z, v: v * mlxshim.value_and_grad(f, holomorphic=True)(z)[1],
+    "vjp": lambda f, z, v: mlxshim.vjp(f, z)[1](v)[0],
+    "vjp of lists": lambda f, z, v: mlxshim.vjp(f, [z], [v])[1][0],
+    "jvp": lambda f, z, v: mlxshim.jvp(f, (z,), (v,))[1],
+    "jvp of lists": lambda f, z, v: mlxshim.jvp(f, [z], [v])[1][0],
+    "linearize": lambda f, z, v: mlxshim.linearize(f, z)[1](v),
+    "jacfwd": lambda f, z, v: v * mlxshim.jacfwd(f, holomorphic=True)(z),
+    "jacrev": lambda f, z, v: v * mlxshim.jacrev(f, holomorphic=True)(z),
+    "checkpoint": lambda f, z, v: _pushed(mlxshim.checkpoint(f), z, v),
+    "vmap": lambda f, z, v: _pushed(vmap(f), z[None], v[None]),
+    "cond": lambda f, z, v: _pushed(lambda z: mlxshim.cond(mx.array(True), f, f, z), z, v),
+    "switch": lambda f, z, v: _pushed(lambda z: mlxshim.switch(0, [f], z), z, v),
+    "while_loop": lambda f, z, v: _pushed(lambda z: _once(f, z), z, v),
+    "map": lambda f, z, v: _pushed(lambda z: mlxshim.map(f, z[None])[0], z, v),
+    "custom_vmap": lambda f, z, v: _pushed(_with_a_rule(f), z, v),
+    "patched": lambda f, z, v: _patched(f, z, v),
+}
+
+
+def _pushed(fun, z, v):
+    return mlxshim.jvp(fun, [z], [v])[1][0]
+
+
+def _once(fun, z):
+    rounds = iter((True, False))
+    return mlxshim.while_loop(lambda z: mx.array(next(rounds)), fun, z)
+
+
+def _with_a_rule(fun):
+    with_rule = mlxshim.custom_vmap(fun)
+    with_rule.def_vmap(lambda size, mapped, z: (vmap(fun)(z), True))
+    return with_rule
+
+
+def _patched(fun, z, v):
+    with mlxshim.patched():
+        return mx.jvp(fun, [z], [v])[1][0]
+
+
+@pytest.mark.skipif(MLX < (0, 32, 0), reason="reverse mode of complex arguments is refused there")
+@pytest.mark.parametrize("name", DERIVATIVES)
+def test_functions_of_mlx_are_intercepted_where_a_transform_is_given_them_themselves(name):
+    z, v = mx.array(0.3 + 0.4j), mx.array(0.5 - 0.3j)
+    derivative = DERIVATIVES[name]
+    got, want = derivative(mx.sign, z, v), derivative(lambda z: mx.sign(z), z, v)
+    assert abs(want.item()) > 0.1
+    assert mx.array_equal(got, want)

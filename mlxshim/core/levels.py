@@ -85,12 +85,13 @@ def stands_in(stand_in: Callable[..., Any], fun: Any) -> None:
     _stand_ins[id(fun)] = fun, stand_in
 
 
-def _standing_in(fun: Callable[..., R]) -> Callable[..., R]:
+def standing_in(fun: Callable[..., R]) -> Callable[..., R]:
+    """What a transform calls that is given `fun`: one of MLX's functions has a stand-in."""
     found = _stand_ins.get(id(fun))
     if found is not None:
         return found[1]
     if isinstance(fun, functools.partial) and id(fun.func) in _stand_ins:
-        return functools.partial(_standing_in(fun.func), *fun.args, **fun.keywords)
+        return functools.partial(standing_in(fun.func), *fun.args, **fun.keywords)
     return fun
 
 
@@ -183,7 +184,7 @@ def unmark() -> None:
 
 def at_level(kind: Kind, fun: Callable[..., R]) -> Callable[..., R]:
     """`fun`, run one level of `kind` deeper; the level is popped on every way out."""
-    fun = _standing_in(fun)
+    fun = standing_in(fun)
 
     # Bare on purpose: this runs at every trace, and nobody but a transform sees it.
     def traced(*args: object, **kwargs: object) -> R:
@@ -200,7 +201,7 @@ def at_level(kind: Kind, fun: Callable[..., R]) -> Callable[..., R]:
 
 def at_vmap(level: VmapLevel, fun: Callable[..., R]) -> Callable[..., R]:
     """`fun`, run inside one more vmap, whose first argument is a mapped tracer."""
-    fun = _standing_in(fun)
+    fun = standing_in(fun)
 
     def traced(mapped: mx.array, *args: object, **kwargs: object) -> R:
         local = _levels.here

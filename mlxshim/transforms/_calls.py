@@ -14,6 +14,7 @@ from typing_extensions import ParamSpec
 from ..core import custom, levels, replay, trees
 from ..core.closures import Closure
 from ..core.errors import ArgumentError, NoBatchingRule
+from ..core.levels import standing_in
 from ..core.primitive import Arrays
 from ._flat import Slot, is_numpy, unflatten
 from ._structure import is_module
@@ -94,7 +95,7 @@ class WithRules(Generic[P, R]):
         if not callable(fun):
             raise ArgumentError(f"[{self.kind}] fun must be a function, found {fun!r}.")
         functools.update_wrapper(self, fun, updated=())
-        self.fun = fun
+        self.fun = standing_in(fun)
         self.signature = Signature(self.kind, fun)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:

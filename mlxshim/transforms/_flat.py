@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..core import trees
+from ..core.levels import standing_in
 
 
 class Slot:
@@ -105,11 +106,13 @@ def _at(path: trees.Path) -> str:
     return "its entry " + trees.written(path) if path else "it"
 
 
-def check_callable(fun: Any, function: str, argument: str, of: str) -> None:
+def callable_of(fun: Any, function: str, argument: str, of: str) -> Callable[..., Any]:
+    """`fun`, or what stands in for it, if it can be called."""
     if not callable(fun):
         raise TypeError(
             f"[{function}] {argument} must be a function of {of}, found {describe(fun)}."
         )
+    return standing_in(fun)
 
 
 def describe(node: Any) -> str:

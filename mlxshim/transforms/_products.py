@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from ..core import native, replay
 from ..core.errors import ArgumentError
-from ..core.levels import at_level
+from ..core.levels import at_level, standing_in
 from ..core.versions import MLX, MLX_VERSION
 from ._structure import Parts, output_namer
 
@@ -40,7 +40,8 @@ class Traced:
     def __init__(
         self, fun: Callable[..., Any], primals: Parts, tag: str, has_aux: bool = False
     ) -> None:
-        self.fun, self.primals, self.tag, self.has_aux = fun, primals, tag, has_aux
+        self.fun, self.has_aux = standing_in(fun), has_aux
+        self.primals, self.tag = primals, tag
         self._start: list[mx.array] = []
         self.outputs: Any = None
         self.aux: Any = None

@@ -19,7 +19,7 @@ from typing_extensions import ParamSpec
 from ..core import native, trees
 from ..core.errors import ArgumentError
 from ..core.interception import intercepted
-from ..core.levels import at_level
+from ..core.levels import at_level, standing_in
 from ._products import check_complex, pair
 from ._products import conjugate as conjugated
 from ._structure import REAL, Parts, as_array, describe, name_of, parameter, plain
@@ -239,7 +239,7 @@ class _Gradient:
         self.names = (argnames,) if isinstance(argnames, str) else tuple(argnames)
         self.argnums = 0 if argnums is None and not self.names else argnums
         check_argnums(self.argnums, tag)
-        self.tag, self.fun, self.has_aux = tag, fun, has_aux
+        self.tag, self.fun, self.has_aux = tag, standing_in(fun), has_aux
         self.holomorphic, self.allow_int, self.conjugate = holomorphic, allow_int, conjugate
 
     def _one_number(self) -> int | None:

@@ -63,11 +63,12 @@ def cond(
     """
     operands = _operands("cond", operands, operand)
     named = {"true_fun": true_fun, "false_fun": false_fun}
-    for name, fun in named.items():
-        _flat.check_callable(fun, "cond", name, "the operands")
+    named = {
+        name: _flat.callable_of(fun, "cond", name, "the operands") for name, fun in named.items()
+    }
     value = _scalar(pred, "cond", "pred")
     if value is not None:
-        return _flat.as_arrays((true_fun if value else false_fun)(*operands))
+        return _flat.as_arrays(named["true_fun" if value else "false_fun"](*operands))
     pred = pred if pred.dtype == mx.bool_ else pred != 0
     return _select("cond", [pred, mx.logical_not(pred)], named, operands)
 
@@ -105,12 +106,13 @@ def switch(
     if not branches:
         raise ValueError("[switch] branches is empty: give at least one function.")
     named = {f"branches[{n}]": fun for n, fun in enumerate(branches)}
-    for name, fun in named.items():
-        _flat.check_callable(fun, "switch", name, "the operands")
+    named = {
+        name: _flat.callable_of(fun, "switch", name, "the operands") for name, fun in named.items()
+    }
     value = _scalar(index, "switch", "index", integer=True)
-    last = len(branches) - 1
+    last = len(named) - 1
     if value is not None:
-        return _flat.as_arrays(branches[min(max(int(value), 0), last)](*operands))
+        return _flat.as_arrays(list(named.values())[min(max(int(value), 0), last)](*operands))
     index = mx.clip(index, 0, last)
     return _select("switch", [index == n for n in range(last + 1)], named, operands)
 
@@ -216,8 +218,8 @@ def while_loop(cond_fun: Callable[[T], Any], body_fun: Callable[[T], T], init_va
 
     Semantics after `jax.lax.while_loop`.
     """
-    for name, fun in (("cond_fun", cond_fun), ("body_fun", body_fun)):
-        _flat.check_callable(fun, "while_loop", name, "the value")
+    cond_fun = _flat.callable_of(cond_fun, "while_loop", "cond_fun", "the value")
+    body_fun = _flat.callable_of(body_fun, "while_loop", "body_fun", "the value")
     return _while("while_loop", cond_fun, body_fun, init_val)
 
 
@@ -323,7 +325,7 @@ def fori_loop(
 
     Semantics after `jax.lax.fori_loop`.
     """
-    _flat.check_callable(body_fun, "fori_loop", "body_fun", "the index and the value")
+    body_fun = _flat.callable_of(body_fun, "fori_loop", "body_fun", "the index and the value")
     start = _scalar(lower, "fori_loop", "lower", integer=True)
     stop = _scalar(upper, "fori_loop", "upper", integer=True)
     if start is not None and stop is not None:

@@ -22,6 +22,7 @@ from typing_extensions import ParamSpec
 
 from ..core.errors import ArgumentError
 from ..core.interception import intercepted
+from ..core.levels import standing_in
 from ._products import Traced
 from ._structure import REAL, Parts, argument_namer, describe, name_of
 from .autodiff import check_argnums, positions, value_and_grad
@@ -373,7 +374,8 @@ class _Options:
             raise ArgumentError(
                 f"[{tag}] chunk_size must be a positive int or None, found {chunk_size!r}."
             )
-        self.tag, self.fun, self.argnums, self.has_aux = tag, fun, argnums, has_aux
+        self.tag, self.fun, self.argnums = tag, standing_in(fun), argnums
+        self.has_aux = has_aux
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call:
         return _Call(self, args, kwargs)

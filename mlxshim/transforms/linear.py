@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..core import native
 from ..core.errors import ArgumentError
 from ..core.interception import intercepted
-from ..core.levels import at_level
+from ..core.levels import at_level, standing_in
 from ..core.primitive import Node
 from ..core.replay import same_draws
 from ._products import Traced, check_complex, copies, pull, push
@@ -99,6 +99,7 @@ def _vjp_of_lists(
     fun: Callable[..., Any], primals: Sequence[mx.array], cotangents: Sequence[mx.array]
 ) -> tuple[Arrays, Arrays]:
     check_complex((*primals, *cotangents), "vjp")
+    fun = standing_in(fun)
     outputs: Arrays = []
 
     def body(*arrays: mx.array) -> Arrays:
@@ -211,6 +212,8 @@ def _jvp_of_lists(
                 f"[jvp] Tangent {n} has shape {tuple(t.shape)}, but its primal has shape "
                 f"{tuple(x.shape)}."
             )
+
+    fun = standing_in(fun)
 
     def run(*arrays: mx.array) -> Arrays:
         result = fun(*arrays)

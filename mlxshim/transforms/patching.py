@@ -173,6 +173,7 @@ def _value_and_grad(tag: str, fun: Any, argnums: Any, argnames: Any) -> Callable
     chosen: dict[str, Any] = {"argnums": argnums, "argnames": argnames}
     mlx: Callable[..., Any] = native.grad if tag == "grad" else native.value_and_grad
     mlx(fun, **chosen)  # refuses now what it does refuse
+    fun = levels.standing_in(fun)
     numbers = [0] if argnums is None and not argnames else argnums
     numbers = [numbers] if isinstance(numbers, int) else numbers or ()
     names = [argnames] if isinstance(argnames, str) else argnames

@@ -13,6 +13,7 @@ from typing_extensions import ParamSpec
 from ..core import custom, replay
 from ..core.closures import Closure
 from ..core.errors import ArgumentError, NoBatchingRule, PerformanceWarning
+from ..core.levels import standing_in
 from ..core.primitive import Arrays
 from . import _flat
 from ._calls import Levels, captured_derivative, captures_nothing, name_of, numbers
@@ -83,7 +84,7 @@ class _Checkpointed:
 
     def __init__(self, fun: Callable[..., Any], static: tuple[int, ...]) -> None:
         functools.update_wrapper(self, fun, updated=())
-        self.fun, self.static = fun, static
+        self.fun, self.static = standing_in(fun), static
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)

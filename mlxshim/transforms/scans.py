@@ -49,7 +49,7 @@ def scan(
 
     Semantics after `jax.lax.scan`.
     """
-    _flat.check_callable(f, "scan", "f", "(carry, x)")
+    f = _flat.callable_of(f, "scan", "f", "(carry, x)")
     arrays, slots, size = _steps("scan", xs, length)
     # One node for all entries: its gradient is one concatenation.
     columns = [[mx.squeeze(x, 0) for x in mx.split(x, size)] if size else [] for x in arrays]
@@ -157,7 +157,7 @@ def map(f: Callable[[Any], Any], xs: Any, *, batch_size: int | None = None) -> A
 
     Semantics after `jax.lax.map`.
     """
-    _flat.check_callable(f, "map", "f", "one entry")
+    f = _flat.callable_of(f, "map", "f", "one entry")
     if batch_size is None:
         return scan(lambda carry, x: (carry, f(x)), (), xs)[1]
     if not isinstance(batch_size, int) or batch_size < 1:
@@ -193,7 +193,7 @@ def associative_scan(
 
     Source: Blelloch, Prefix sums and their applications (1990), as in `jax.lax`.
     """
-    _flat.check_callable(fn, "associative_scan", "fn", "two trees like elems")
+    fn = _flat.callable_of(fn, "associative_scan", "fn", "two trees like elems")
     arrays, slots = _flat.flatten(elems)
     if not arrays:
         raise ValueError("[associative_scan] elems has no array: give at least one.")
