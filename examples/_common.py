@@ -23,15 +23,25 @@ ROOT = Path(__file__).resolve().parent.parent
 # The command line ------------------------------------------------------------------------------
 
 
-def parser(about: str) -> argparse.ArgumentParser:
-    """One with --quick, --seed and --plot."""
+def parser(about: str, *, plots: bool = True) -> argparse.ArgumentParser:
+    """One with --quick, --seed and, of an example that `plots`, --plot."""
     found = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     found.add_argument("--quick", action="store_true", help="a small size, in seconds")
     found.add_argument("--seed", type=int, default=0)
-    found.add_argument("--plot", metavar="FILE.png", help="draw the result (needs matplotlib)")
+    if plots:
+        found.add_argument("--plot", metavar="FILE.png", help="draw the result (needs matplotlib)")
     return found
+
+
+def parse(about: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
+    """The options, the defaults those of `quick` if --quick is given; the seed is set."""
+    if about.parse_known_args()[0].quick:
+        about.set_defaults(**quick)
+    options = about.parse_args()
+    mx.random.seed(options.seed)
+    return options
 
 
 def track(steps: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
@@ -92,6 +102,12 @@ def encode(lines: Iterable[str], length: int) -> mx.array:
     """(lines, length) of bytes, 0 after the end."""
     rows = [line.encode()[:length] for line in lines]
     return mx.array([list(row) + [0] * (length - len(row)) for row in rows])
+
+
+def documentation(length: int, seed: int, least: int = 30) -> tuple[list[str], mx.array]:
+    """This repository's own lines in a random order, and their bytes: (lines, length)."""
+    lines = shuffled(lines_of(*DOCUMENTATION, least=least), seed)
+    return lines, encode(lines, length)
 
 
 def shuffled(items: Iterable[T], seed: int) -> list[T]:

@@ -23,6 +23,7 @@ from _common import (
     Transformer,
     check,
     encode,
+    parse,
     parser,
     relative_error,
     shuffled,
@@ -107,11 +108,9 @@ def main() -> None:
     about.add_argument("--steps", type=int, default=300)
     about.add_argument("--dimension", type=int, default=256, help="of the projected gradients")
     about.add_argument("--ridge", type=float, default=0.1)
-    options = about.parse_args()
-    length, layers, dim = 72, 2, 64
-    if options.quick:
-        options.lines, options.steps, options.dimension, layers, dim = 12, 40, 64, 1, 32
-    mx.random.seed(options.seed)
+    options = parse(about, lines=12, steps=40, dimension=64)
+    length = 72
+    layers, dim = (1, 32) if options.quick else (2, 64)
 
     lines, file_of, asked = text(options.lines, options.held_back, options.seed)
     training, questions = encode(lines, length), encode(asked, length)

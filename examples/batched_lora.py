@@ -21,12 +21,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from _common import (
-    DOCUMENTATION,
     Transformer,
     batch_loss,
     check,
+    documentation,
     encode,
     lines_of,
+    parse,
     parser,
     relative_error,
     shuffled,
@@ -202,16 +203,12 @@ def main() -> None:
     about.add_argument("--prompt", type=int, default=2048, help="bytes of the shared prompt")
     about.add_argument("--steps", type=int, default=120)
     about.add_argument("--rank", type=int, default=4)
-    options = about.parse_args()
-    base_steps, layers, count = 200, 2, 48
-    if options.quick:
-        options.rows, options.prompt, options.steps = 16, 2048, 5
-        base_steps, layers, count = 10, 1, 8
-    mx.random.seed(options.seed)
+    options = parse(about, rows=16, steps=5)
+    base_steps, layers, count = (10, 1, 8) if options.quick else (200, 2, 48)
 
     model: Any = Transformer(64, layers)
     kinds = styles(options.seed)
-    public = encode(shuffled(lines_of(*DOCUMENTATION), options.seed), LENGTH)
+    _, public = documentation(LENGTH, options.seed)
     loss = train(model, public, base_steps, what="base")
     nn.quantize(model, group_size=32, bits=4)
     add_lora(model, options.rank)

@@ -21,21 +21,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from _common import (
-    DOCUMENTATION,
     Transformer,
     check,
+    documentation,
     encode,
     line_loss,
-    lines_of,
+    parse,
     parser,
     relative_error,
-    shuffled,
     size_of,
     track,
     train,
 )
 from mlx.utils import tree_map
 
+from mlxshim import tree_leaves
 from mlxshim.nn import add_lora, clipped_grad, value_and_grad
 from mlxshim.nn.privacy import epsilon, noise_multiplier_for, poisson_batches, private_grad
 
@@ -76,19 +76,12 @@ def check_against_loop(model: Any, data: mx.array, max_norm: float) -> None:
     one = value_and_grad(model, line_loss)
     for tokens in data:
         grads = one(model, tokens)[1]
-        norm = mx.sqrt(sum(g.square().sum() for g in leaves(grads)))
+        norm = mx.sqrt(sum(g.square().sum() for g in tree_leaves(grads)))
         factor = max_norm / mx.maximum(norm, max_norm)
         grads = tree_map(lambda g, factor=factor: g * factor, grads)
         total = grads if total is None else tree_map(mx.add, total, grads)
     got = clipped_grad(model, line_loss, max_norm)(model, data)[1]
     check(f"clipped gradients of {len(data)} records", relative_error(got, total), 1e-4)
-
-
-def leaves(tree: Any) -> list[mx.array]:
-    if isinstance(tree, mx.array):
-        return [tree]
-    children = tree.values() if isinstance(tree, dict) else tree
-    return [x for child in children for x in leaves(child)]
 
 
 def fine_tune(
@@ -141,14 +134,11 @@ def main() -> None:
     about.add_argument("--steps", type=int, default=60)
     about.add_argument("--learning-rate", type=float, default=5e-3)
     about.add_argument("--rank", type=int, default=4)
-    options = about.parse_args()
-    size, pretraining, layers = 3000, 150, 2
-    if options.quick:
-        size, pretraining, layers, options.steps, options.epsilon = 1000, 5, 1, 3, 1.0
-    mx.random.seed(options.seed)
+    options = parse(about, steps=3, epsilon=1.0)
+    size, pretraining, layers = (1000, 5, 1) if options.quick else (3000, 150, 2)
 
     model: Any = Transformer(64, layers)
-    public = encode(shuffled(lines_of(*DOCUMENTATION), options.seed), 80)
+    _, public = documentation(80, options.seed)
     loss = train(model, public, pretraining, what="public text")
     whole = size_of(model.parameters())
     nn.quantize(model, group_size=32, bits=4)
@@ -170,8 +160,8 @@ def main() -> None:
             spent[step] = epsilon(noise, options.rate, step, options.delta)
     except ImportError as error:
         print(f"{error} Without it nothing is known of epsilon.")
-    promise = ", ".join(f"{e:.2f} after {step}" for step, e in sorted(spent.items()))
-    print(f"noise of {noise:.3f} times the clipping norm; epsilon {promise or 'unknown'} steps")
+    promise = ", ".join(f"{e:.2f} after {step} steps" for step, e in sorted(spent.items()))
+    print(f"noise of {noise:.3f} times the clipping norm; epsilon {promise or 'unknown'}")
 
     plain = fine_tune(model, data, held_out, options, 0.0, "without noise")
     model.update(adapters)

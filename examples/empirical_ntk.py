@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from _common import check, parser, relative_error, track
+from _common import check, parse, parser, relative_error, track
 from mlx.utils import tree_flatten, tree_map
 
 from mlxshim.nn import empirical_ntk, value_and_grad
@@ -105,10 +105,7 @@ def main() -> None:
     about.add_argument("--points", type=int, default=16)
     about.add_argument("--steps", type=int, default=400)
     about.add_argument("--widths", type=int, nargs="+", default=[32, 256, 1024])
-    options = about.parse_args()
-    if options.quick:
-        options.steps, options.widths = 60, [16, 256]
-    mx.random.seed(options.seed)
+    options = parse(about, steps=60, widths=[16, 256])
 
     angles = mx.sort(mx.random.uniform(-math.pi, math.pi, (options.points,)))
     grid = mx.linspace(-math.pi, math.pi, 100)

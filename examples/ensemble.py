@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from _common import check, parser, relative_error, track
+from _common import check, parse, parser, relative_error, track
 
 from mlxshim.nn import ensemble, value_and_grad
 
@@ -90,10 +90,7 @@ def main() -> None:
     about.add_argument("--hidden", type=int, default=32)
     about.add_argument("--steps", type=int, default=300)
     about.add_argument("--batch", type=int, default=32)
-    options = about.parse_args()
-    if options.quick:
-        options.members, options.steps = 4, 40
-    mx.random.seed(options.seed)
+    options = parse(about, members=4, steps=40)
 
     x, y = moons(400)
     members = [network(options.hidden) for _ in range(options.members)]

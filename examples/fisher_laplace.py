@@ -25,7 +25,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from _common import check, parser, relative_error, track
+from _common import check, parse, parser, relative_error, track
 from mlx.utils import tree_flatten, tree_map
 
 from mlxshim.nn import (
@@ -152,10 +152,7 @@ def main() -> None:
     about.add_argument("--hidden", type=int, default=48)
     about.add_argument("--steps", type=int, default=1500)
     about.add_argument("--draws", type=int, default=32, help="of targets for each sample")
-    options = about.parse_args()
-    if options.quick:
-        options.samples, options.hidden, options.steps, options.draws = 60, 24, 150, 8
-    mx.random.seed(options.seed)
+    options = parse(about, samples=60, hidden=24, steps=150, draws=8)
     check_linear(2000)
 
     x, y = points(options.samples)

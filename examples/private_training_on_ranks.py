@@ -11,12 +11,12 @@ On GPUs the command is the same with `--backend nccl`.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+from _common import parse, parser
 from mlx.utils import tree_flatten, tree_map
 
 from mlxshim.nn import across_ranks, clipped_grad
@@ -36,17 +36,14 @@ def loss_fn(model: nn.Module, x: mx.array, y: mx.array, present: mx.array) -> mx
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--samples", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rate", type=float, default=0.0625)
-    parser.add_argument("--noise", type=float, default=1.0)
-    options = parser.parse_args()
+    about = parser(__doc__, plots=False)
+    about.add_argument("--samples", type=int, default=4096)
+    about.add_argument("--steps", type=int, default=200)
+    about.add_argument("--rate", type=float, default=0.0625)
+    about.add_argument("--noise", type=float, default=1.0)
+    options = parse(about, samples=256, steps=3)  # the same model and samples everywhere
 
     group = mx.distributed.init()
-    mx.random.seed(0)  # the same model and samples everywhere
     x, y = spirals(options.samples)
     model: Any = nn.Sequential(
         nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 2)

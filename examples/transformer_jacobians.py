@@ -18,15 +18,13 @@ from typing import Any
 
 import mlx.core as mx
 from _common import (
-    DOCUMENTATION,
     Transformer,
     check,
-    encode,
+    documentation,
     line_loss,
-    lines_of,
+    parse,
     parser,
     relative_error,
-    shuffled,
     track,
     train,
 )
@@ -119,14 +117,10 @@ def main() -> None:
     about.add_argument("--lines", type=int, default=16)
     about.add_argument("--length", type=int, default=48)
     about.add_argument("--iterations", type=int, default=12)
-    options = about.parse_args()
-    dim, layers = 48, 2
-    if options.quick:
-        options.steps, options.lines, options.iterations, dim, layers = 20, 4, 3, 32, 1
-    mx.random.seed(options.seed)
+    options = parse(about, steps=20, lines=4, iterations=3)
+    dim, layers = (32, 1) if options.quick else (48, 2)
 
-    text = shuffled(lines_of(*DOCUMENTATION, least=options.length), options.seed)
-    data = encode(text, options.length)
+    text, data = documentation(options.length, options.seed, least=options.length)
     model = Transformer(dim, layers)
     loss = train(model, data, options.steps)
     print(f"{len(text)} lines, loss {loss:.2f} nats a byte")
