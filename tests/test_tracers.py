@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -89,3 +91,91 @@ def test_derivatives_that_capture_the_same_array_all_count(inner, middle, outer)
         (lambda a: mlxshim.vmap(lambda c: c * (h(a) + h(a)))(mx.ones((2,))).sum(), 24 * a),
     ):
         assert abs(float(derivative(outer, f, a)) - float(want)) < 1e-3
+
+
+READS: dict[str, Callable[[mx.array], Any]] = {
+    "item": lambda x: x.item(),
+    "tolist": lambda x: x.tolist(),
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "index": lambda x: [0][(x * 0).astype(mx.int32)],
+    "complex": complex,
+    "repr": repr,
+    "str": str,
+    "format": lambda x: f"{x}",
+    "pickle": pickle.dumps,
+    "dlpack": np.from_dlpack,
+    "eval": lambda x: mx.eval(x),
+    "async_eval": lambda x: mx.async_eval(x),
+    "NumPy, once evaluated": lambda x: (mx.eval(x), np.array(x)),
+    "save": lambda x: mx.save(io.BytesIO(), x),
+}
+
+
+@pytest.mark.parametrize("outer", ["grad", "vjp", "jvp"])
+@pytest.mark.parametrize("name", sorted(READS))
+def test_what_is_read_after_an_inner_derivative_keeps_its_own(name: str, outer: str):
+    if name == "index" and not hasattr(mx.array, "__index__"):
+        pytest.skip("MLX 0.31 has no __index__")
+    read, x = READS[name], mx.array(2.0)
+
+    def f(x: mx.array) -> mx.array:
+        y = mx.sin(x)
+        z = mlxshim.grad(lambda w: w * w * y)(mx.array(3.0))  # 6 y
+        read(z)
+        read(y)
+        return z * y
+
+    slope = 12 * mx.sin(x) * mx.cos(x)
+    want = slope * x if outer == "jvp" else slope
+    np.testing.assert_allclose(DERIVATIVES[outer](f, x), want, rtol=1e-5)
+    # What is read after the derivative, or in another one, keeps no graph.
+    assert not levels.unmarked()
+
+
+def test_a_value_is_read_after_a_rule_has_taken_a_derivative():
+    @mlxshim.custom_vjp
+    def cube(x):
+        return x**3
+
+    def fwd(x):
+        return cube(x), mlxshim.grad(lambda w: w**3 * x)(x) / x
+
+    cube.defvjp(fwd, lambda slope, ct: (slope * ct,))
+
+    def f(x):
+        y = mx.sin(x)
+        z = cube(y)
+        assert y.item() ** 3 == pytest.approx(z.item())
+        return z * y
+
+    x = mx.array(2.0)
+    np.testing.assert_allclose(
+        mlxshim.grad(f)(x), 4 * mx.sin(x) ** 3 * mx.cos(x), rtol=1e-5, atol=1e-6
+    )
+    assert not levels.unmarked()
+
+
+def test_a_python_branch_on_an_inner_derivative_is_differentiated():
+    """Backtracking: a step is halved until it descends, and the outer gradient goes through it."""
+
+    def descended(a, steps):
+        def loss(w):
+            return (w - a) ** 4
+
+        w, searching = mx.array(0.0), not steps
+        for n in range(3):
+            g, step = mlxshim.grad(loss)(w), 1.0 if searching else steps[n]
+            while searching and loss(w - step * g) > loss(w):
+                step /= 2
+            w = w - step * g
+            if searching:
+                steps.append(step)
+        return w
+
+    a, steps = mx.array(1.3), []
+    found = mlxshim.grad(lambda a: descended(a, steps))(a)
+    assert len(set(steps)) > 1
+    np.testing.assert_allclose(found, mlxshim.grad(lambda a: descended(a, steps))(a), rtol=1e-5)
+    assert float(found) != 0

@@ -37,9 +37,10 @@ class Interception:
         handler: Callable[..., Any],
         outside: bool = False,
         patched: bool = False,
+        late: bool = False,
     ) -> None:
         self.owner, self.name, self.handler = owner, name, handler
-        self.outside, self.patched = outside, patched
+        self.outside, self.patched, self.late = outside, patched, late
         self.original: Any = getattr(owner, name)
         self.stand_in = self._new_stand_in()
         levels.stands_in(self.stand_in, self.original)
@@ -147,24 +148,26 @@ _calls: dict[object, int] = {}
 #: The blocks that are open, and the thread of each; those threads.
 _blocks: dict[object, int] = {}
 _block_threads: frozenset[int] = frozenset()
-_types_replaced = False
+#: Whether the methods of types are replaced, and those that only are where a mark may be lost.
+_types_replaced = _late_replaced = False
 
 
 def intercept(
-    owner: Any, name: str, *, outside: bool = False, patched: bool = False
+    owner: Any, name: str, *, outside: bool = False, patched: bool = False, late: bool = False
 ) -> Callable[[F], F]:
     """Register the decorated function to stand in for `owner.name` inside transforms.
 
     The handler gets the caller's arguments as they were written; a property's gets the object.
     Inside it, `original(owner, name)` is MLX's own function (or property). With `outside` it is
     called while interception is in place and no function is traced, too; with `patched`, which is
-    for functions of modules, inside a block.
+    for functions of modules, inside a block. With `late`, which is for methods of types, nothing
+    stands in before a tracer may have lost its mark (`levels.unmark`).
     """
 
     def register(handler: F) -> F:
         assert (owner, name) not in _table, f"{name} of {owner} has a handler"
         with _lock:
-            entry = _table[owner, name] = Interception(owner, name, handler, outside, patched)
+            entry = _table[owner, name] = Interception(owner, name, handler, outside, patched, late)
             if isinstance(owner, ModuleType):
                 if owner not in _modules:
                     _modules[owner] = _Module(owner)
@@ -317,13 +320,30 @@ if hasattr(os, "register_at_fork"):
 def _replace_types() -> None:
     global _types_replaced
     _types_replaced = True
+    _replace(late=False)
+
+
+def _replace_late() -> None:
+    global _late_replaced
+    if not _late_replaced:
+        with _lock:
+            if _types_replaced:
+                _late_replaced = True
+                _replace(late=True)
+
+
+levels.when_unmarked(_replace_late)
+
+
+def _replace(late: bool) -> None:
     for entry in _on_types:
-        entry.refresh(getattr(entry.owner, entry.name))
-        setattr(entry.owner, entry.name, entry.stand_in)
+        if entry.late == late:
+            entry.refresh(getattr(entry.owner, entry.name))
+            setattr(entry.owner, entry.name, entry.stand_in)
 
 
 def _restore_types() -> None:
-    global _types_replaced
+    global _types_replaced, _late_replaced
     if not _types_replaced:
         return
     with _lock:
@@ -331,4 +351,4 @@ def _restore_types() -> None:
             for entry in _on_types:
                 if getattr(entry.owner, entry.name) is entry.stand_in:
                     setattr(entry.owner, entry.name, entry.original)
-            _types_replaced = False
+            _types_replaced = _late_replaced = False

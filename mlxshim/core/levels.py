@@ -50,7 +50,7 @@ class VmapLevel:
 class _Here:
     """The levels of one thread. (Slots are reached sooner than a `threading.local`.)"""
 
-    __slots__ = ("abstract", "calls", "running", "stack", "unmarked", "vmaps")
+    __slots__ = ("abstract", "calls", "hidden", "running", "stack", "unmarked", "vmaps")
 
     def __init__(self) -> None:
         self.stack: list[Kind] = []
@@ -61,6 +61,8 @@ class _Here:
         self.running = 0
         #: Whether only shapes and dependencies are asked for.
         self.abstract = False
+        #: How many derivatives are around that the stack does not tell of.
+        self.hidden = 0
         #: Whether tracers of the active levels may have lost their mark (`unmarked`).
         self.unmarked = False
 
@@ -117,7 +119,7 @@ def back_to(place: tuple[int, int, int, int]) -> None:
     stack, vmaps, calls, running = place
     if len(local.stack) != stack or len(local.vmaps) != vmaps or len(local.calls) != calls:
         del local.stack[stack:], local.vmaps[vmaps:], local.calls[calls:]
-    if not stack:
+    if not stack and not local.hidden:
         local.unmarked = False
     if local.running != running:
         if not running:
@@ -158,13 +160,15 @@ def as_in_rule() -> Iterator[None]:
 @contextlib.contextmanager
 def one_derivative_less() -> Iterator[None]:
     """Within it the innermost derivative is none: what runs is seen by those around it alone."""
-    stack = _levels.stack
+    stack, here = _levels.stack, _levels.here
     at = next(i for i in reversed(range(len(stack))) if stack[i] != "vmap")
     kind = stack.pop(at)
+    here.hidden += 1
     try:
         yield
     finally:
         stack.insert(at, kind)
+        here.hidden -= 1
 
 
 def unmarked() -> bool:
@@ -179,7 +183,18 @@ def unmarked() -> bool:
 def unmark() -> None:
     """Said when MLX has differentiated a function of ours, or is about to."""
     here = _levels.here
-    here.unmarked = bool(here.stack)
+    here.unmarked = bool(here.stack) or here.hidden > 0
+    if here.unmarked:
+        for prepare in _preparations:
+            prepare()
+
+
+#: What has to be done before the user goes on with tracers that may have lost their mark.
+_preparations: list[Callable[[], None]] = []
+
+
+def when_unmarked(prepare: Callable[[], None]) -> None:
+    _preparations.append(prepare)
 
 
 def at_level(kind: Kind, fun: Callable[..., R]) -> Callable[..., R]:
@@ -194,7 +209,7 @@ def at_level(kind: Kind, fun: Callable[..., R]) -> Callable[..., R]:
             return fun(*args, **kwargs)
         finally:
             stack.pop()
-            _levels.here.unmarked = bool(stack)
+            unmark()
 
     return traced
 
@@ -242,7 +257,7 @@ def mapping(mapped: Callable[..., R]) -> Callable[..., R]:
         finally:
             local.calls.pop()
             del local.stack[depth:], local.vmaps[vmaps:]
-            if not depth:
+            if not depth and not local.hidden:
                 local.unmarked = False
 
     return call

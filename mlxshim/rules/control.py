@@ -6,7 +6,6 @@
 * `mx.custom_function`: under `grad(vmap(f))` MLX maps the function and forgets its derivative.
   Here the mapped function has the mapped derivative.
 * `mx.depends`: the mapped inputs wait for the mapped dependencies.
-* `mx.eval` of a mapped array is a hint that has no meaning yet.
 
 Source: mlx/transforms.cpp (`custom_function`, `checkpoint`), mlx/primitives.cpp (`Depends`).
 """
@@ -134,22 +133,3 @@ def disable_compile() -> None:
 @intercept(mx, "enable_compile", outside=True)
 def enable_compile() -> None:
     compilation.want(True)
-
-
-# Evaluation ------------------------------------------------------------------------------------
-
-
-def _evaluation(name: str) -> None:
-    @intercept(mx, name)
-    def call(*args: Any) -> None:
-        try:
-            original(mx, name)(*args)
-        except ValueError as e:
-            if not levels.vmaps() or not any(words in str(e) for words in _NOT_YET):
-                raise
-
-
-_NOT_YET = ("eval an array during function transformations", "inside a graph transformation")
-
-for _name in ("eval", "async_eval"):
-    _evaluation(_name)
