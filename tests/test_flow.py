@@ -236,3 +236,16 @@ def test_the_index_of_mapped_bounds_does_not_wrap(name):
 
     lower, upper = (mx.array(x, getattr(mx, name)) for x in ([0, 1, 5], [4, 3, 2]))
     same(vmap(total)(lower, upper), mx.array([400.0, 200.0, 0.0]))
+
+
+def test_a_mapped_bound_leaves_the_function_what_it_captured():
+    """Under a derivative too, and without the loop over samples, whose warning is an error."""
+
+    def powers(x, n):
+        slope = mx.sin(x)
+        return fori_loop(0, n, lambda i, y: y * slope + i, x).sum()
+
+    xs, counts = normal(OURS, 4, 3), mx.array([2, 0, 3, 1])
+    for transform in (lambda f: f, grad):
+        got = vmap(transform(powers))(xs, counts)
+        same(got, mx.stack([transform(powers)(x, int(n)) for x, n in zip(xs, counts.tolist())]))

@@ -343,8 +343,17 @@ def fori_loop(
     def going(state: Any) -> mx.array:
         return state[0] < state[1]
 
-    def body(state: Any) -> Any:
-        i, end, val = state
-        return i + mx.array(1, i.dtype), end, body_fun(i, val)
+    return _while("fori_loop", going, _Round(body_fun), (lower, upper, init_val))[2]
 
-    return _while("fori_loop", going, body, (lower, upper, init_val))[2]
+
+class _Round:
+    """A round of a fori_loop, of (index, end, value); what `body_fun` captured is found in it."""
+
+    holds_functions = ("body_fun",)
+
+    def __init__(self, body_fun: Callable[[mx.array, Any], Any]) -> None:
+        self.body_fun = body_fun
+
+    def __call__(self, state: Any) -> Any:
+        i, end, val = state
+        return i + mx.array(1, i.dtype), end, self.body_fun(i, val)
