@@ -13,7 +13,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxshim import jvp
+from mlxshim import grad, jvp, vmap
+from mlxshim.core.versions import MLX
 from mlxshim.testing import MODES, check
 
 Key = tuple[Any, ...]
@@ -226,8 +227,6 @@ def test_slices_that_begin_at_an_array(seed: int):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_second_derivatives_of_one_sample(seed: int, order: str):
     """Hv of sum (P x)^3 is 6 P^T (P x * P v)."""
-    from mlxshim import grad
-
     index = Index(seed, arrays=False)
     x, v = _away(index.shape)(), _away(index.shape)()
 
@@ -254,3 +253,19 @@ def _with(y: mx.array, u: mx.array, index: Index, arrays: tuple[mx.array, ...]) 
     matrix = index.matrix(arrays)
     free = mx.reshape(1 - mx.sum(matrix, axis=0), index.shape)
     return y * free + mx.reshape(mx.transpose(matrix) @ u, index.shape)
+
+
+@pytest.mark.skipif(MLX < (0, 32, 0), reason="MLX scatters, which has no such derivative")
+@pytest.mark.parametrize("op", ["maximum", "minimum"])
+@pytest.mark.parametrize("key", [(slice(None), ...), slice(-5, 9), (slice(None, None, 2), 0), 0])
+def test_of_two_equals_one_sample_decides_who_has_the_cotangent(key: Any, op: str):
+    """MLX gives it to the array where all is updated, else to both; beside a mapped array too."""
+
+    def total(y: mx.array, z: mx.array) -> mx.array:
+        return (getattr(y.at[key], op)(y[key]) * z).sum()
+
+    y, zs = mx.random.normal((2, 1)), mx.random.normal((3, 2, 1))
+    want = mx.stack([mx.grad(total)(y, z) for z in zs])
+    assert mx.allclose(vmap(grad(total), (None, 0))(y, zs), want)
+    assert mx.allclose(vmap(grad(total), (0, 0))(mx.stack([y] * 3), zs), want)
+    assert mx.allclose(grad(lambda y: vmap(total, (None, 0))(y, zs).sum())(y), want.sum(0))

@@ -28,7 +28,7 @@ from ._devices import within
 from ._fronted import fronted
 from ._one_entry import ONE_ENTRY_BUG, plain_steps
 from ._tracers import is_tracer
-from .windows import Window, become, read, reads_itself, write
+from .windows import Window, become, is_whole, of_all, read, reads_itself, write
 
 # Reading ----------------------------------------------------------------------------------------
 
@@ -331,7 +331,8 @@ def _updated(y: mx.array, key: Any, value: Any, op: str) -> mx.array | None:
     window, dims = found
     if any(stop is not None and step > 0 and stop <= start for start, stop, step in window):
         return None
-    if op == "set" and all(b == (0, n, 1) for b, n in zip(window, y.shape)):
+    whole = is_whole(window, y.shape)
+    if whole and op == "set":
         return None  # of which nothing is left
     u = _array(value, y.dtype)
     if op == "subtract":
@@ -343,7 +344,9 @@ def _updated(y: mx.array, key: Any, value: Any, op: str) -> mx.array | None:
         return None
     if shape != u.shape:
         u = mx.reshape(u, shape)
-    return write(y, u.astype(y.dtype), window, op)
+    u = u.astype(y.dtype)
+    # As MLX has it: of two equals `maximum` takes the first, a window's update would take both.
+    return of_all(y, u, op) if whole else write(y, u, window, op)
 
 
 def _window(key: Any, shape: tuple[int, ...]) -> tuple[Window, list[bool | None]] | None:

@@ -44,6 +44,13 @@ def key_of(window: Window) -> tuple[slice, ...]:
     return tuple(slice(*bounds) for bounds in window)
 
 
+def is_whole(window: Window, shape: tuple[int, ...]) -> bool:
+    """Whether every entry is in it, in order."""
+    return all(
+        key.step > 0 and len(range(*key.indices(n))) == n for key, n in zip(key_of(window), shape)
+    )
+
+
 def read(x: mx.array, window: Window) -> mx.array:
     """The window of `x`; MLX's own rules for it are right, but for what `reads_itself` says."""
     if not reads_itself():
@@ -63,6 +70,11 @@ def put(y: mx.array, u: mx.array, window: Window) -> mx.array:
     new = y.__copy__()  # another handle of the same array
     original(mx.array, "__setitem__")(new, key_of(window), u)
     return new
+
+
+def of_all(y: mx.array, u: mx.array, op: str) -> mx.array:
+    """What an update of the window of all entries is: an operation element by element."""
+    return _OPERATIONS[op](y, mx.broadcast_to(u, y.shape))
 
 
 def become(y: mx.array, value: mx.array) -> None:
