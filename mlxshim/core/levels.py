@@ -102,6 +102,12 @@ def active() -> list[Kind]:
     return _levels.stack
 
 
+def differentiates() -> bool:
+    """Whether a derivative is among the active levels of this thread."""
+    stack = _levels.stack
+    return "grad" in stack or "jvp" in stack
+
+
 def vmaps() -> list[VmapLevel]:
     """The active vmap levels of this thread, outermost first. Not to be changed."""
     return _levels.vmaps

@@ -27,6 +27,7 @@ from . import reading as reading
 from . import segmented as segmented
 from . import slices as slices
 from . import spectral as spectral
+from . import truths as truths
 from . import views as views
 
 if hasattr(mx, "searchsorted"):

@@ -25,6 +25,7 @@ from ..core.primitive import Arrays, Axes, Primitive
 from ..core.versions import SELECT_JVP_BUG
 from ._devices import within
 from ._folding import aligned
+from .truths import as_truth
 
 Operand = Any  # an array, or a scalar that MLX makes one
 
@@ -104,6 +105,7 @@ if hasattr(mx, "logical_xor"):
 
     @intercept(mx, "logical_xor")
     def logical_xor(a: Operand, b: Operand, *, stream: Any = None) -> mx.array:
+        a, b = as_truth(a), as_truth(b)
         if not isinstance(b, mx.array) or "vmap" not in levels.active():
             return original(mx, "logical_xor")(a, b, stream=stream)
         a, b = mx.logical_not(a, stream=stream), mx.logical_not(b, stream=stream)

@@ -32,6 +32,7 @@ import mlx.core as mx
 
 from ..core import levels
 from ..core.interception import intercept, original
+from ._discrete import discrete
 from ._folding import on_stream
 from ._gathered import bind_gather
 from ._matrices import count_of
@@ -51,6 +52,7 @@ def gather_mm(
     sorted_indices: bool = False,
     stream: Any = None,
 ) -> mx.array:
+    lhs_indices, rhs_indices = discrete((lhs_indices, rhs_indices))
     # MLX's own call checks the arguments; where nothing is traced it is the answer.
     out = original(mx, "gather_mm")(
         a, b, lhs_indices, rhs_indices, sorted_indices=sorted_indices, stream=stream
@@ -90,7 +92,7 @@ def gather_qmm(
             x, w, scales, biases, transpose, group_size, bits, mode, stream=stream
         )
     quantization = (group_size, bits, mode)
-    indices = (lhs_indices, rhs_indices)
+    indices: tuple[Any, Any] = discrete((lhs_indices, rhs_indices))
     out = original(mx, "gather_qmm")(
         *(x, w, scales, biases, *indices, transpose, *quantization),
         sorted_indices=sorted_indices,
@@ -124,7 +126,8 @@ def gather_qqmm(
     sorted_indices: bool = False,
     stream: Any = None,
 ) -> mx.array:
-    indices, pair = (lhs_indices, rhs_indices), (global_scale_x, global_scale_w)
+    indices: tuple[Any, Any] = discrete((lhs_indices, rhs_indices))
+    pair = (global_scale_x, global_scale_w)
     out = original(mx, "gather_qqmm")(
         *(x, w, scales, *indices, group_size, bits, mode, *pair),
         sorted_indices=sorted_indices,

@@ -25,6 +25,7 @@ from ..core import levels
 from ..core.interception import intercept, original
 from ..core.versions import MLX, MLX_VERSION, SELECT_JVP_BUG, TWO_TANGENTS_BUG
 from ._devices import within
+from ._discrete import discrete
 from ._fronted import fronted
 from ._one_entry import ONE_ENTRY_BUG, plain_steps
 from ._tracers import is_tracer
@@ -42,6 +43,7 @@ def __getitem__(x: mx.array, key: Any) -> mx.array:
             part = _read_itself(x, key)
             if part is not None:
                 return part
+    key = discrete(key)
     kind = type(key)
     if kind is slice or key is None or kind is EllipsisType or "vmap" not in levels.active():
         return raw(x, key)
@@ -117,9 +119,18 @@ def take(x: mx.array, indices: Any, axis: int | None = None, *, stream: Any = No
         if -x.ndim <= axis < x.ndim:
             with within(stream):
                 return x[(*(slice(None),) * (axis % x.ndim), indices)]
+    indices = discrete(indices)
     if not isinstance(indices, mx.array) or "vmap" not in levels.active():
         return raw(x, indices, axis, stream=stream)
     return fronted(raw(x, _widened(indices), axis, stream=stream))
+
+
+@intercept(mx, "put_along_axis")
+def put_along_axis(
+    a: mx.array, /, indices: mx.array, values: Any, axis: int | None = None, *, stream: Any = None
+) -> mx.array:
+    raw = original(mx, "put_along_axis")
+    return raw(a, discrete(indices), values, axis, stream=stream)
 
 
 @intercept(mx, "take_along_axis")
@@ -129,7 +140,7 @@ def take_along_axis(
     if "vmap" in levels.active() and indices.size == 0:
         # Its cotangent would have no mapped axis: mlx/ops.cpp, `scatter_add_axis`.
         a = mx.zeros(a.shape, a.dtype)
-    return original(mx, "take_along_axis")(a, indices, axis, stream=stream)
+    return original(mx, "take_along_axis")(a, discrete(indices), axis, stream=stream)
 
 
 # Writing ----------------------------------------------------------------------------------------
@@ -143,6 +154,7 @@ def _concerned() -> bool:
 @intercept(mx.array, "__setitem__")
 def __setitem__(y: mx.array, key: Any, value: Any) -> None:
     raw = original(mx.array, "__setitem__")
+    key = discrete(key)
     if ONE_ENTRY_BUG:
         key = plain_steps(y, key)
     nothing = _nothing(y, key)
@@ -188,7 +200,7 @@ class _At:
         self._key: Any = Ellipsis
 
     def __getitem__(self, key: Any) -> _At:
-        self._key = key
+        self._key = discrete(key)
         return self
 
     def add(self, value: Any) -> mx.array:

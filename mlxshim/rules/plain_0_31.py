@@ -23,6 +23,7 @@ from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ..core.versions import MLX_VERSION
 from .complex import power as complex_power
+from .truths import as_truth
 
 
 def _refuse(name: str, transform: str, why: str) -> None:
@@ -45,6 +46,7 @@ def _nothing(*arrays: mx.array) -> mx.array:
 
 @intercept(mx, "where")
 def where(condition: Any, x: Any, y: Any, /, *, stream: Any = None) -> mx.array:
+    condition = as_truth(condition)
     arrays = [z for z in (condition, x, y) if isinstance(z, mx.array)]
     if "jvp" in levels.active() and arrays:
         nothing = _nothing(*arrays)

@@ -25,6 +25,7 @@ from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ..core.versions import MLX, SELECT_JVP_BUG
 from ._devices import within
+from ._discrete import discrete
 
 Ints = tuple[int, ...]
 
@@ -193,6 +194,7 @@ def _concerned(start: mx.array) -> bool:
 def slice_(
     a: mx.array, start_indices: mx.array, axes: Any, slice_size: Any, *, stream: Any = None
 ) -> mx.array:
+    start_indices = discrete(start_indices)
     native = original(mx, "slice")(a, start_indices, axes, slice_size, stream=stream)
     if not _concerned(start_indices):
         return native
@@ -204,6 +206,7 @@ def slice_(
 def slice_update(
     a: mx.array, update: mx.array, start_indices: mx.array, axes: Any, *, stream: Any = None
 ) -> mx.array:
+    start_indices = discrete(start_indices)
     native = original(mx, "slice_update")(a, update, start_indices, axes, stream=stream)
     if not _concerned(start_indices):
         return native
@@ -217,7 +220,7 @@ def slice_update(
 
 
 def _flat(start: mx.array) -> mx.array:
-    return mx.stop_gradient(mx.reshape(start, (-1,)))
+    return mx.reshape(start, (-1,))
 
 
 def _counted(axes: Any, ndim: int) -> Ints:
