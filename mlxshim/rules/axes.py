@@ -19,6 +19,8 @@ import mlx.core as mx
 from ..core import levels
 from ..core.interception import intercept, original
 from ..core.versions import MLX
+from .complex import lengths, refuse_reverse
+from .complex import std as complex_std
 
 
 def _unsafe(axes: Any, ndim: int) -> list[int] | None:
@@ -76,6 +78,10 @@ def _summing(owner: Any, name: str) -> None:
     def reduce(
         a: mx.array, axis: Any = None, keepdims: bool = False, *args: Any, **kwargs: Any
     ) -> mx.array:
+        if name in ("var", "std"):
+            refuse_reverse(name, a)
+        if name == "std" and (out := complex_std(a, axis, keepdims, *args, **kwargs)) is not None:
+            return out
         several = None if keepdims else _unsafe(axis, a.ndim)
         if not several:
             return original(owner, name)(a, axis, keepdims, *args, **kwargs)
@@ -88,6 +94,8 @@ def _selecting(owner: Any, name: str) -> None:
 
     @intercept(owner, name)
     def reduce(a: mx.array, axis: Any = None, keepdims: bool = False, *, stream: Any = None) -> Any:
+        if name == "prod":
+            refuse_reverse(name, a)
         several = _unsafe(axis, a.ndim)
         if not several:
             return original(owner, name)(a, axis, keepdims, stream=stream)
@@ -120,6 +128,8 @@ def _norm(owner: Any, name: str) -> None:
         *,
         stream: Any = None,
     ) -> mx.array:
+        if not _is_of_singular_values(ord, axis, a.ndim):
+            a = a if (found := lengths(a, stream)) is None else found
         several = _unsafe(axis, a.ndim)
         if axis is None or not several:
             return original(owner, name)(a, ord, axis, keepdims, stream=stream)
@@ -127,6 +137,12 @@ def _norm(owner: Any, name: str) -> None:
         a = _to_the_end(a, [i % a.ndim for i in axis], stream)
         out = original(owner, name)(a, ord, _last(several), False, stream=stream)
         return _expand(out, several, stream) if keepdims else out
+
+
+def _is_of_singular_values(ord: Any, axis: Any, ndim: int) -> bool:
+    """Whether a norm is not that of the lengths of complex entries."""
+    count = len(axis) if isinstance(axis, (tuple, list)) else 1 if axis is not None else ndim
+    return ord == "nuc" or (ord in (2, -2) and count != 1)
 
 
 _norm(mx.linalg, "norm")

@@ -1,11 +1,12 @@
-"""Gradients of complex numbers: powers, signs, and before 0.32.4 the elementary functions.
+"""Gradients of complex numbers: powers, sums of exponentials, signs, and before 0.32.4 the
+elementary functions.
 
 The pullback of a holomorphic f is c -> conj(f'(z)) c, MLX's convention and PyTorch's. That of MLX's
 powers multiplies by f'(z) itself, on every version so far, and up to 0.32.0 so does that of many
-functions of one argument. MLX's signs have no derivative, and so lengths no second one. Real arrays
-are MLX's own.
+functions of one argument. That of logaddexp is made of sigmoids, which are wrong there, and refused
+later. MLX's signs have no derivative, and so lengths no second one. Real arrays are MLX's own.
 
-Source: mlx/primitives.cpp, `Power::vjp`, `Cos::vjp`, …
+Source: mlx/primitives.cpp, `Power::vjp`, `LogAddExp::vjp`, `Cos::vjp`, …
 """
 
 from __future__ import annotations
@@ -61,25 +62,21 @@ def _bind(*arrays: mx.array, name: str) -> mx.array:
 
 def _slopes(arrays: Arrays, y: mx.array, name: str) -> list[mx.array]:
     """The derivative with respect to each argument."""
-    if name != "power":
-        return [DERIVATIVES[name](arrays[0], y)]
-    z, w = arrays
-    return [w * _bind(z, w - 1, name="power"), y * mx.log(z)]
+    if name == "power":
+        z, w = arrays
+        return [w * _bind(z, w - 1, name=name), y * mx.log(z)]
+    if name == "logaddexp":
+        return [mx.exp(x - y) for x in arrays]
+    return [DERIVATIVES[name](arrays[0], y)]
 
 
 def _batch(size: int, arrays: Arrays, axes: Axes, *, name: str) -> tuple[list[mx.array], list[int]]:
     return [_bind(*aligned(size, arrays, axes), name=name)], [0]
 
 
-def _conjugate(z: mx.array) -> mx.array:
-    if z.dtype == mx.complex64 and MLX < (0, 32, 0):  # which has no vjp of it
-        return mx.real(z) - 1j * mx.imag(z)
-    return mx.conjugate(z)
-
-
 def _vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays, *, name: str) -> list[mx.array]:
     slopes = _slopes(primals, outputs[0], name)
-    return [sum_to(cotangents[0] * _conjugate(s), x.shape) for s, x in zip(slopes, primals)]
+    return [sum_to(cotangents[0] * mx.conjugate(s), x.shape) for s, x in zip(slopes, primals)]
 
 
 def _jvp(primals: Arrays, tangents: Any, *, name: str) -> list[mx.array]:
@@ -124,6 +121,27 @@ if MLX < (0, 32, 4):
                 _unary(_owner, _name)
 
 
+def std(a: Any, *args: Any, **kwargs: Any) -> mx.array | None:
+    """`mx.std` where the square root in it has the wrong derivative, else None."""
+    if MLX >= (0, 32, 4) or not (_differentiated() and _is_complex(a)):
+        return None
+    with within(kwargs.get("stream")):
+        return mx.sqrt(mx.var(a, *args, **kwargs))
+
+
+def _conjugate(owner: Any, name: str) -> None:
+    @intercept(owner, name)
+    def conjugate(a: Any, *, stream: Any = None) -> mx.array:
+        if not (_differentiated() and _is_complex(a)):
+            return original(owner, name)(a, stream=stream)
+        with within(stream):
+            return mx.real(a) - 1j * mx.imag(a)
+
+
+if MLX < (0, 32, 0):  # whose own has no vjp, nor jvp in 0.31.1
+    for _place in ((mx, "conjugate"), (mx, "conj"), (mx.array, "conj")):
+        _conjugate(*_place)
+
 # What is not holomorphic -------------------------------------------------------------------------
 
 
@@ -144,13 +162,19 @@ def _length(z: mx.array) -> mx.array:
     return (mx.sqrt(square + zero) - zero) * unit
 
 
+def lengths(a: Any, stream: Any = None) -> mx.array | None:
+    """`mx.abs(a)` where it is complex and differentiated, else None."""
+    if not (_differentiated() and _is_complex(a)):
+        return None
+    with within(stream):
+        return _length(a)
+
+
 def _abs(owner: Any, name: str) -> None:
     @intercept(owner, name)
     def absolute(a: Any, *args: Any, **kwargs: Any) -> mx.array:
-        if not (_differentiated() and _is_complex(a)):
-            return original(owner, name)(a, *args, **kwargs)
-        with within(kwargs.get("stream")):
-            return _length(a)
+        found = lengths(a, kwargs.get("stream"))
+        return original(owner, name)(a, *args, **kwargs) if found is None else found
 
 
 _abs(mx, "abs")
@@ -167,21 +191,48 @@ def sign(a: Any, stream: Any = None) -> mx.array:
         return a / (length + mx.equal(length, 0).astype(mx.float32))
 
 
-def _cumprod(owner: Any) -> None:
-    @intercept(owner, "cumprod")
-    def cumprod(a: Any, *args: Any, **kwargs: Any) -> mx.array:
+# What is refused ----------------------------------------------------------------------------------
+
+
+def _refused(owner: Any, name: str, why: str) -> None:
+    @intercept(owner, name)
+    def call(a: Any, *args: Any, **kwargs: Any) -> mx.array:
         if _differentiated() and _is_complex(a):
-            raise NotImplementedError(
-                "[cumprod] of complex numbers has no right derivative in MLX: take the product of "
-                "slices by mx.prod instead."
-            )
-        return original(owner, "cumprod")(a, *args, **kwargs)
+            raise NotImplementedError(f"[{name}] of complex numbers {why}.")
+        return original(owner, name)(a, *args, **kwargs)
 
 
-_cumprod(mx)
-_cumprod(mx.array)
+for _owner in (mx, mx.array):
+    for _name, _whole in (("cumprod", "prod"), ("logcumsumexp", "logsumexp")):
+        _instead = f"take mx.{_whole} of slices instead"
+        _refused(_owner, _name, f"has no right derivative in MLX: {_instead}")
+if MLX < (0, 32, 4):  # from which on MLX refuses it
+    for _name, _formula in (("expm1", "mx.exp(z) - 1"), ("sigmoid", "1 / (1 + mx.exp(-z))")):
+        _refused(mx, _name, f"is wrong in MLX {MLX_VERSION}, and none later: write {_formula}")
 
-# Powers -------------------------------------------------------------------------------------------
+
+def refuse_reverse(name: str, a: Any) -> None:
+    """For what 0.31 does not conjugate and Python cannot reach: it is made in C++ of what it is."""
+    if MLX < (0, 32, 0) and "grad" in levels.active() and _is_complex(a):
+        raise NotImplementedError(
+            f"[{name}] of complex numbers in reverse mode needs MLX 0.32 (this is {MLX_VERSION})."
+        )
+
+
+# Of two arguments ---------------------------------------------------------------------------------
+
+
+def _complexes(*operands: Any) -> list[mx.array]:
+    arrays = (x if isinstance(x, mx.array) else mx.array(x, mx.complex64) for x in operands)
+    return [x.astype(mx.complex64) for x in arrays]
+
+
+@intercept(mx, "logaddexp")
+def logaddexp(a: Any, b: Any, /, *, stream: Any = None) -> mx.array:
+    if not (_differentiated() and _is_complex(a, b)):
+        return original(mx, "logaddexp")(a, b, stream=stream)
+    with within(stream):
+        return _bind(*_complexes(a, b), name="logaddexp")
 
 
 def power(a: Any, b: Any) -> mx.array | None:
@@ -192,11 +243,7 @@ def power(a: Any, b: Any) -> mx.array | None:
         raise NotImplementedError(
             f"[power] of complex numbers under a derivative needs MLX 0.32 (this is {MLX_VERSION})."
         )
-    z, w = (
-        (x if isinstance(x, mx.array) else mx.array(x, mx.complex64)).astype(mx.complex64)
-        for x in (a, b)
-    )
-    return _bind(z, w, name="power")
+    return _bind(*_complexes(a, b), name="power")
 
 
 def _power(owner: Any, name: str) -> None:

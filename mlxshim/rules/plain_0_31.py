@@ -23,6 +23,7 @@ from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ..core.versions import MLX_VERSION
 from .complex import power as complex_power
+from .complex import refuse_reverse
 from .truths import as_truth
 
 
@@ -120,11 +121,13 @@ def _logsumexp(owner: Any) -> None:
     def logsumexp(
         a: mx.array, axis: Any = None, keepdims: bool = False, *, stream: Any = None
     ) -> mx.array:
+        refuse_reverse("logsumexp", a)
         stack = levels.active()
         if not ("jvp" in stack or ("vmap" in stack and isinstance(axis, (tuple, list)))):
             return original(owner, "logsumexp")(a, axis, keepdims, stream=stream)
-        top = mx.stop_gradient(mx.max(a, axis=axis, keepdims=True))
-        limits = mx.finfo(a.dtype)  # an infinite top would leave NaNs
+        sizes = mx.real(a) if a.dtype == mx.complex64 else a
+        top = mx.stop_gradient(mx.max(sizes, axis=axis, keepdims=True))
+        limits = mx.finfo(top.dtype)  # an infinite top would leave NaNs
         top = mx.minimum(mx.maximum(top, limits.min), limits.max)
         out = mx.log(mx.sum(mx.exp(a - top), axis=axis, keepdims=True)) + top
         return out if keepdims else mx.sum(out, axis=axis)
@@ -132,6 +135,12 @@ def _logsumexp(owner: Any) -> None:
 
 _logsumexp(mx)
 _logsumexp(mx.array)
+
+
+@intercept(mx, "softmax")
+def softmax(a: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+    refuse_reverse("softmax", a)
+    return original(mx, "softmax")(a, *args, **kwargs)
 
 
 # Integer division -------------------------------------------------------------------------------
