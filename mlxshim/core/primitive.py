@@ -120,9 +120,11 @@ class Primitive:
         batch_: Callable[..., tuple[list[mx.array], list[int]]] | None = None,
         **static: Any,
     ) -> Callable[..., Any]:
-        fun = value_ or functools.partial(
-            self.decomposition if batched else self.lowering, **static
-        )
+        def lowered(*arrays: mx.array) -> list[mx.array]:
+            # The derivatives are the node's: MLX need not look for others, which may be missing.
+            return self.lowering(*(mx.stop_gradient(x) for x in arrays), **static)
+
+        fun = value_ or (functools.partial(self.decomposition, **static) if batched else lowered)
 
         def vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> list[mx.array]:
             return self.vjp(several(primals), several(cotangents), several(outputs), **static)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+HALVES = (mx.float16, mx.bfloat16)
 FLOATING = (mx.float16, mx.bfloat16, mx.float32, mx.float64)
 
 

@@ -20,16 +20,22 @@ from ._folding import (
     sum_to,
 )
 from ._gathered_grad import add_at, gather_grad
-from ._matrices import count_of, counting, offset, stack
+from ._matrices import count_of, counting, offset, stack, too_narrow
 from ._mlx_0_31 import matmul
 from .quantization import affine_gradients, dequantized, requantized
 
 
 def bind_gather(*arrays: mx.array, **static: Any) -> list[mx.array]:
     stack = levels.active()
-    if "jvp" in stack and "vmap" not in stack:  # which MLX's own operation lacks
+    if "vmap" not in stack and has_wrong_derivative(arrays[0]):
         return gather.differentiable(*arrays, **static)
     return gather(*arrays, **static)
+
+
+def has_wrong_derivative(x: mx.array) -> bool:
+    """Whether a derivative is asked for that MLX's own operation on `x` lacks, or has wrong."""
+    stack = levels.active()
+    return "jvp" in stack or ("grad" in stack and too_narrow(x))
 
 
 # The decomposition and the lowering ------------------------------------------------------------

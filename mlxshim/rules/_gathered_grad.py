@@ -8,7 +8,7 @@ from ..core import levels, native
 from ..core.interception import original
 from ..core.primitive import Arrays, Axes, Primitive
 from ._folding import front, pad_dims, sample_ndim
-from ._matrices import count_of, offset, stack
+from ._matrices import count_of, offset, stack, widened
 from ._mlx_0_31 import matmul
 
 # The gradient with respect to W: sums of X[lhs[i]]^T dY[i] over the i with one rhs[i] -----------
@@ -18,6 +18,8 @@ def _grad_fused(
     x: mx.array, cotangent: mx.array, *indices: mx.array, count: int, ordered: bool
 ) -> list[mx.array]:
     lhs, rhs = indices[0] if len(indices) == 2 else None, indices[-1]
+    dtype = x.dtype
+    x, cotangent = widened(x, cotangent)
     w = mx.broadcast_to(mx.zeros((), x.dtype), (count, x.shape[-1], cotangent.shape[-1]))
     # The sorted form ends in a segmented product, which has no derivative.
     if levels.active():
@@ -28,7 +30,7 @@ def _grad_fused(
     def product(w: mx.array) -> mx.array:
         return original(mx, "gather_mm")(x, w, lhs, rhs, sorted_indices=ordered)
 
-    return native.vjp(product, [w], [cotangent])[1]
+    return [native.vjp(product, [w], [cotangent])[1][0].astype(dtype)]
 
 
 def _grad_decomposed(

@@ -6,6 +6,8 @@ import math
 
 import mlx.core as mx
 
+from . import _devices
+from ._dtypes import HALVES
 from ._folding import front, pad_dims
 
 
@@ -35,3 +37,16 @@ def offset(
         return indices
     starts = mx.arange(0, size * step, step, dtype=mx.uint32)
     return indices + mx.reshape(starts, (size, *(1,) * ndim))
+
+
+def widened(*arrays: mx.array) -> list[mx.array]:
+    """In float32 what is to be multiplied by segments or by indices, on the CPU.
+
+    Its kernel of indices takes nothing else, and that of segments is wrong in half precision
+    (mlx/backend/cpu/masked_mm.cpp, 0.31.1 to 0.32.4).
+    """
+    return [x.astype(mx.float32) if too_narrow(x) else x for x in arrays]
+
+
+def too_narrow(x: mx.array) -> bool:
+    return x.dtype in HALVES and not _devices.gpu()

@@ -18,6 +18,7 @@ from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ._folding import front, on_stream
+from ._matrices import widened
 from ._mlx_0_31 import matmul
 from ._tracers import is_tracer
 
@@ -36,6 +37,10 @@ def segmented_mm(
 
 def _bind_segmented(*arrays: mx.array) -> list[mx.array]:
     return segmented(*arrays) if "vmap" in levels.active() else segmented.differentiable(*arrays)
+
+
+def _segmented_fused(a: mx.array, b: mx.array, segments: mx.array) -> list[mx.array]:
+    return [original(mx, "segmented_mm")(*widened(a, b), segments).astype(a.dtype)]
 
 
 def _segmented_decomposed(a: mx.array, b: mx.array, segments: mx.array) -> list[mx.array]:
@@ -73,6 +78,6 @@ def _segmented_batch(size: int, arrays: Arrays, axes: Axes) -> tuple[list[mx.arr
 segmented = Primitive(
     "segmented_mm",
     decomposition=_segmented_decomposed,
-    lowering=lambda *arrays: [original(mx, "segmented_mm")(*arrays)],
+    lowering=_segmented_fused,
     batch=_segmented_batch,
 )

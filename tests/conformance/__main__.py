@@ -1,10 +1,12 @@
 """docs/coverage.md: every operation under every transform, MLX's own against mlxshim.
 
-    python -m tests.conformance [--only NAME,...] [--page]
+    python -m tests.conformance [--only NAME,...] [--page] [--half]
 
 runs every case of the suite with `mlx.core` and with `mlxshim` as the transforms, keeps what came
 of it in docs/coverage/VERSION.json, by the version of the installed MLX, and writes the page of
-all the versions kept. With `--page` it writes the page alone. Needs no GPU; some minutes.
+all the versions kept. With `--page` it writes the page alone. Needs no GPU; some minutes. With
+`--half` it only runs every case in half precision, in the modes too that are left out elsewhere,
+says which of them fail, and keeps nothing.
 
 Every case that is done is noted in build/coverage, with a digest of the code that it was run on:
 a run that was stopped goes on where it was, and what has not changed is not run again. Several
@@ -28,7 +30,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import mlx.core as mx  # noqa: E402
 
-from conformance.case import load  # noqa: E402
+from conformance.case import in_half, load  # noqa: E402
 from conformance.worker import Worker  # noqa: E402
 from mlxshim.testing import MODES  # noqa: E402
 
@@ -88,6 +90,22 @@ def run(transforms: str, wanted: tuple[str, ...], version: str) -> dict[str, dic
             book.flush()
     worker.close()
     return _by_operation({name: done[name] for name in names})
+
+
+def run_in_half(wanted: tuple[str, ...]) -> int:
+    """How many cases in half precision fail; each is printed."""
+    worker, failed, total = Worker(everything=True), 0, 0
+    for name in filter(in_half, load()):
+        if name.startswith(wanted):
+            results = worker.run(name)
+            total += len(results)
+            for r in results:
+                if r["error"] is not None:
+                    failed += 1
+                    print(f"{name} {r['mode']} {r['where']}: {r['error']}")
+    worker.close()
+    print(f"{failed} of {total} cases fail.")
+    return failed
 
 
 def _noted(notes: Path, code: str) -> Iterator[tuple[str, dict[str, Counts]]]:
@@ -203,10 +221,13 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="names, or beginnings of them; keeps nothing")
     parser.add_argument("--page", action="store_true", help="write the page of what is kept")
+    parser.add_argument("--half", action="store_true", help="all of half precision; keeps nothing")
     options = parser.parse_args()
+    wanted = tuple(options.only.split(","))
+    if options.half:
+        sys.exit(run_in_half(wanted) > 0)
     version: str = mx.__version__  # pyright: ignore[reportAttributeAccessIssue]
     if not options.page:
-        wanted = tuple(options.only.split(","))
         by_transforms = {t: run(t, wanted, version) for t in TRANSFORMS}
         if options.only:
             names = by_transforms["mlxshim"]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+
+from mlxshim.testing import MODES
 
 CASES: dict[str, Case] = {}
 
@@ -20,6 +23,13 @@ class Case:
     fun: Callable[..., Any]
     arrays: tuple[Any, ...]
     options: dict[str, Any] = field(default_factory=dict)
+    #: Modes that are tried only where all are asked for.
+    left: tuple[str, ...] = ()
+
+    def in_all_modes(self) -> dict[str, Any]:
+        """The options, with the modes that are left too."""
+        modes = {"modes": [*self.options["modes"], *self.left]} if self.left else {}
+        return {**self.options, **modes}
 
 
 def case(
@@ -29,20 +39,40 @@ def case(
 
     `name` is the public name below `mlx.core` ("fast.rms_norm", "array.__setitem__"), with a
     variant after a slash where there are several ("conv2d/grouped"). Where there are `dtypes` the
-    case says itself in which it is tried; else it is tried in one of two bytes too, unless `half`
-    is False.
+    case says itself in which it is tried; else it is tried in both dtypes of two bytes too, unless
+    `half` is False, which is for what MLX has in float32 alone, and says why.
+
+    Of those two one, which the name decides, is tried in all modes, the other in `_FEW`; the rest
+    of the modes, and the one in which a C++ compiler takes most of the time, are `left`.
     """
     assert name not in CASES, f"{name} is there twice"
     CASES[name] = Case(_late(fun), arrays, options)
-    if half and "dtypes" not in options and _floating(arrays):
-        dtype = (mx.float16, mx.bfloat16)[len(CASES) % 2]
-        modes = [mode for mode in options.get("modes", _IN_HALF) if mode in _IN_HALF]
-        if modes:
-            options = {**options, "dtypes": (dtype,), "modes": modes, "tolerance": None}
-            CASES[f"{name}/{str(dtype).split('.')[-1]}"] = Case(_late(fun), arrays, options)
+    if not half or "dtypes" in options or not _floating(arrays):
+        return
+    asked = options.get("modes", _IN_HALF)
+    turn = zlib.crc32(name.encode()) % 2
+    for n, dtype in enumerate(HALVES):
+        tried = _IN_HALF if n == turn else _FEW
+        in_half = {**options, "dtypes": (dtype,), "tolerance": None}
+        in_half["modes"] = [mode for mode in asked if mode in tried]
+        left = tuple(mode for mode in asked if mode not in tried and mode != "call")
+        if in_half["modes"]:
+            CASES[f"{name}/{_name(dtype)}"] = Case(_late(fun), arrays, in_half, left)
 
 
-_IN_HALF = ("vmap", "vmap(grad)")
+HALVES = (mx.float16, mx.bfloat16)
+#: What one sample comes to is MLX's own in every dtype.
+_IN_HALF = tuple(mode for mode in MODES if mode not in ("call", "compile(vmap)"))
+_FEW = ("vmap", "vmap(grad)")
+
+
+def in_half(name: str) -> bool:
+    """Whether this is a case of another one in two bytes."""
+    return name.endswith(tuple(f"/{_name(dtype)}" for dtype in HALVES))
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).split(".")[-1]
 
 
 def _floating(sources: tuple[Any, ...]) -> bool:

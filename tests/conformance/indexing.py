@@ -85,7 +85,7 @@ def _sliced(x: mx.array, start: mx.array, axes: Any, sizes: Any) -> mx.array:
 
 
 def _replaced(y: mx.array, u: mx.array, start: mx.array, axes: Any) -> mx.array:
-    inside = mx.ones((1,) * y.ndim)
+    inside = mx.ones((1,) * y.ndim, y.dtype)
     for k, axis in enumerate(axes):
         places = _inside(y.shape[axis], start[k], u.shape[axis]).astype(u.dtype)
         u = mx.moveaxis(mx.tensordot(places, u, ([1], [axis])), 0, axis)
@@ -265,14 +265,22 @@ def in_two(op: str, *key: Any) -> Callable[..., mx.array]:
 for op in ("add", "subtract", "multiply", "divide", "maximum", "minimum"):
     modes = FEW if op in ("subtract", "divide", "minimum") else None
     options: dict[str, Any] = {"modes": modes} if modes else {}
-    if op in ("maximum", "minimum"):  # whose derivative has several values where there are ties
-        options["half"] = False
+    # Where there are ties, as in half precision, their derivative has several values.
+    unique = op not in ("maximum", "minimum")
     key = S(1, None)
     meaning = in_two(op, key)
-    case(f"array.at.{op}", at(op, key), Y, away(2, 4, 5), reference=meaning, **options)
+    case(f"array.at.{op}", at(op, key), Y, away(2, 4, 5), reference=meaning, half=unique, **options)
     case(f"array.at.{op}/broadcast", at(op, ..., S(3, 0, -2)), Y, away(4, 1), modes=FIRST)
     case(f"array.at.{op}/array", at(op, ALL, I), Y, away(3, 2, 5), distinct(2, high=4), **options)
-    case(f"array.at.{op}/integer", at(op, 1), Y, away(), reference=in_two(op, 1), **options)
+    case(
+        f"array.at.{op}/integer",
+        at(op, 1),
+        Y,
+        away(),
+        reference=in_two(op, 1),
+        half=unique,
+        **options,
+    )
     case(f"array.at.{op}/ellipsis", at(op, ...), Y, away(4, 1), modes=("vmap", "vmap(grad)"))
     case(f"array.at.{op}/number", lambda y, op=op: at(op, S(0, 2))(y, 2.5), Y, modes=FIRST)
 case("array.at.add/repeated", at("add", I), Y, normal(4, 5), integers(2, 2, high=3))
@@ -296,7 +304,7 @@ case(
     integers(4, high=4),
 )
 case("array.at.add/of integers", at("add", I), integers(4, 2), integers(5, 2), integers(5, high=4))
-case("array.at.add/uint8", at("add", I), Y, normal(), integers(5, high=3, dtype=mx.uint8))
+case("array.at.add/uint8", at("add", I), Y, normal(5), integers(5, high=3, dtype=mx.uint8))
 
 
 def along(axis: int, source: Callable[[], mx.array]) -> Callable[[], mx.array]:
@@ -343,7 +351,6 @@ def _update_case(name: str, axes: Any, updates: Any, source: Any) -> None:
         updates,
         source,
         reference=lambda y, u, i: _replaced(y, u, i, axes),
-        half=False,  # the reference is in float32
     )
 
 
@@ -363,7 +370,6 @@ case(
     normal(2),
     integers(1, high=4),
     reference=lambda y, u, i: _replaced(y, mx.broadcast_to(u, (3, 4, 2)), i, (2,)),
-    half=False,
 )
 
 # Copies -----------------------------------------------------------------------------------------

@@ -13,12 +13,20 @@ _NOT_BEGUN = "loop -1"
 
 
 class Worker:
-    """A process that runs cases by name, started anew after every death."""
+    """A process that runs cases by name, started anew after every death.
+
+    With `everything`, in the modes that are left out elsewhere too.
+    """
 
     def __init__(
-        self, transforms: str = "mlxshim", limit: float = 60, server: str = __name__
+        self,
+        transforms: str = "mlxshim",
+        limit: float = 60,
+        server: str = __name__,
+        everything: bool = False,
     ) -> None:
-        self._process = Process(server, transforms, limit=limit)
+        flags = ["everything"] * everything
+        self._process = Process(server, transforms, *flags, limit=limit)
         self.close = self._process.close
 
     def run(self, name: str) -> list[dict[str, Any]]:
@@ -63,7 +71,7 @@ class Worker:
                 results.append(line)
 
 
-def _serve(transforms: str) -> None:
+def _serve(transforms: str, *flags: str) -> None:
     import importlib
     import warnings
 
@@ -91,7 +99,7 @@ def _serve(transforms: str) -> None:
                 for result in conformance(
                     case.fun,
                     *case.arrays,
-                    **case.options,
+                    **(case.in_all_modes() if flags else case.options),
                     transforms=module,
                     skip=range(start),
                     blind=(blind,),
@@ -107,4 +115,4 @@ def _serve(transforms: str) -> None:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    _serve(*sys.argv[1:])
