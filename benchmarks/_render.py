@@ -219,6 +219,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "prefix": ("A shared prompt", prefix),
     "models": ("Per-sample and clipped gradients of a model", models),
     "peers": ("Peers", peers),
+    "blas": ("The BLAS of Linux without a GPU", plain),
 }
 
 
@@ -230,7 +231,7 @@ def render(folder: Path) -> str:
             continue
         text.append(f"## {title}\n")
         for file in files:
-            result = json.loads(file.read_text())
+            result = json.loads(file.read_text("utf-8"))
             versions = ", ".join(
                 f"{key} {result[key]}" for key in ("mlx", "torch", "jax") if result.get(key)
             )
@@ -238,5 +239,5 @@ def render(folder: Path) -> str:
             text.append(section(result) + "\n")
             image = file.with_suffix(".png")
             if image.exists():
-                text.append(f"![{title}](benchmarks/{image.name})\n")
+                text.append(f"![{title}]({folder.name}/{image.name})\n")
     return "\n".join(text)

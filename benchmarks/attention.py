@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -27,6 +26,7 @@ import mlx.core as mx
 import mlxshim
 
 from ._measure import GPU, Thunk, by_loop, describe_machine, error_of, measure
+from ._program import announce, command_line, pyplot, save
 
 
 def sdpa(q: mx.array, k: mx.array, v: mx.array, mask: str | None = "causal") -> mx.array:
@@ -184,10 +184,7 @@ def run(
 
 
 def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex=True)
     for column, section in enumerate(("forward", "grad")):
@@ -214,9 +211,7 @@ def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line(__doc__)
     default = "128,256,512,1024,2048,4096,8192" if GPU else "128,256,512,1024"
     parser.add_argument("--lengths", default=default)
     parser.add_argument("--samples", type=int, default=16 if GPU else 4)
@@ -227,8 +222,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sections", default="forward,grad,grad-square,decode,trace")
     parser.add_argument("--memory-limit-gib", type=float, default=45.0 if GPU else 6.0)
     parser.add_argument("--only", help=argparse.SUPPRESS)
-    parser.add_argument("--json")
-    parser.add_argument("--png")
     return parser.parse_args()
 
 
@@ -237,8 +230,8 @@ def main() -> None:
     if options.only:
         print(json.dumps(one_run(options)), file=sys.stdout)
         return
-    about = describe(options)
-    print(json.dumps(about, default=str))
+    sizes = {n: getattr(options, n) for n in ("samples", "heads", "dim", "dtype")}
+    about = announce("attention", describe_machine(), **sizes)
     rows: list[dict[str, Any]] = []
     trace: dict[str, dict[str, float]] = {}
     for section in options.sections.split(","):
@@ -259,24 +252,11 @@ def main() -> None:
         ratio = times["mlxshim"] / times["mx.vmap"]
         native, mine = times["mx.vmap"], times["mlxshim"]
         print(f"trace of {name:<16} mx {native:6.1f} us  mlxshim {mine:6.1f} us  {ratio:.2f}x")
-    if options.json:
-        result = {**about, "rows": rows, "trace_us": trace}
-        Path(options.json).write_text(json.dumps(result, indent=1, default=str) + "\n")
+    save(options.json, {**about, "rows": rows, "trace_us": trace})
     if options.png:
         title = f"{about['device']}, MLX {mx.__version__}: {options.samples} samples, "
         title += f"{options.heads} heads, D={options.dim}, {options.dtype}, causal"
         draw(rows, options.png, title)
-
-
-def describe(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "command": " ".join(["python -m benchmarks.attention", *sys.argv[1:]]),
-        **describe_machine(),
-        "samples": options.samples,
-        "heads": options.heads,
-        "dim": options.dim,
-        "dtype": options.dtype,
-    }
 
 
 def one_run(options: argparse.Namespace) -> Any:

@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -29,6 +28,7 @@ import mlxshim
 from mlxshim import attention_budget
 
 from ._measure import GPU, describe_machine
+from ._program import announce, command_line, pyplot, save
 
 PATHS = {"decomposed": math.inf, "blocks": 0}
 
@@ -90,7 +90,7 @@ def measured(options: argparse.Namespace, **given: Any) -> dict[str, Any]:
 
 
 def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     keys = ("s" if GPU else "cpu_s", "mib")
@@ -113,9 +113,7 @@ def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--lengths", default="512,1024,2048,4096,8192,16384,32768")
     parser.add_argument("--samples", type=int, default=1)
     parser.add_argument("--heads", type=int, default=4)
@@ -127,8 +125,6 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds for one point")
     parser.add_argument("--minutes", type=float, help="lengths up to 4096, in about so many")
     parser.add_argument("--without-mask", default="512,1024,2048,4096", help="lengths, as well")
-    parser.add_argument("--json")
-    parser.add_argument("--png")
     for name in ("--point", "--causal"):
         parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
@@ -141,12 +137,10 @@ def main() -> None:
     if options.minutes:
         lengths = [n for n in lengths if n <= 4096]
         options.without_mask, options.seconds = "2048", options.minutes * 60 / 20
-    about = {
-        "command": " ".join(["python -m benchmarks.blocks", *sys.argv[1:]]),
-        **describe_machine(),
-        **{n: getattr(options, n) for n in ("samples", "heads", "kv_heads", "dim", "dtype", "gib")},
+    sizes = {
+        n: getattr(options, n) for n in ("samples", "heads", "kv_heads", "dim", "dtype", "gib")
     }
-    print(json.dumps(about), flush=True)
+    about = announce("blocks", describe_machine(), **sizes)
     rows = []
     unmasked = [int(n) for n in options.without_mask.split(",") if n]
     for causal, some in ((False, unmasked), (True, lengths)):
@@ -158,8 +152,7 @@ def main() -> None:
                     f"{row['s']:9.3f} s, {row['cpu_s']:9.3f} s own, {row['mib']:10.1f} MiB"
                 )
                 print(f"L {length:6d} {'causal' * causal:<7} {path:<11} {found}", flush=True)
-    if options.json:
-        Path(options.json).write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    save(options.json, {**about, "rows": rows})
     if options.png:
         title = f"vmap(grad) of attention, {about['device']}, MLX {mx.__version__}"
         draw(rows, options.png, title)

@@ -14,17 +14,17 @@ has, and in one that has run its transforms. After a transform nothing stands in
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+
+from ._program import announce, command_line, save
 
 COUNT = 200
 Operation = Callable[[mx.array], Any]
@@ -134,19 +134,12 @@ def outside_of_each(seconds: float, rounds: int = 5) -> dict[str, dict[str, floa
 
 
 def main() -> None:
-    from ._measure import describe_machine
+    from ._measure import describe_machine  # it imports mlxshim, which `outside` is to do without
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line(__doc__, png=False)
     parser.add_argument("--minutes", type=float, default=0.5)
-    parser.add_argument("--json")
     options = parser.parse_args()
-    about = {
-        "command": " ".join(["python -m benchmarks.interception", *sys.argv[1:]]),
-        **describe_machine(),
-    }
-    print(json.dumps(about, default=str))
+    about = announce("interception", describe_machine())
     seconds, operations = options.minutes * 60, {**FORWARDED, **UNTOUCHED}
     rows: list[dict[str, Any]] = []
     for transform in ("vmap", "grad"):
@@ -163,9 +156,7 @@ def main() -> None:
     for name, states in outside_of_each(seconds / 3).items():
         rows.append({"section": f"{name}, no transform", **states})
         print(f"{name:<30} " + "   ".join(f"{s} {t:6.3f}" for s, t in states.items()) + " µs")
-    if options.json:
-        result = {**about, "rows": rows}
-        Path(options.json).write_text(json.dumps(result, indent=1, default=str) + "\n")
+    save(options.json, {**about, "rows": rows})
 
 
 if __name__ == "__main__":

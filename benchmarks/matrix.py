@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ._program import pyplot
+
 COLOURS = {"PASS": "#a5d6a7", "WRONG": "#ef5350", "HANG": "#8e24aa", "crash": "#b71c1c"}
 RAISED = "#ffb74d"
 SIDES = ("native", "mlxshim")
@@ -31,11 +33,8 @@ def cell(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def draw(found: list[dict[str, Any]], out: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "matrix", "svg.fonttype": "none"})
-    import matplotlib.pyplot as plt
+    plt = pyplot()
+    plt.rcParams.update({"svg.hashsalt": "matrix", "svg.fonttype": "none"})
 
     cases = list(dict.fromkeys(row["case"] for one in found for row in one["results"]))
     columns = [(one, side) for one in found for side in SIDES]

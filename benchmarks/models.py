@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -30,6 +29,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxshim.nn import clipped_grad, per_sample_norms, per_sample_value_and_grad
 
 from ._measure import GPU, Thunk, describe_machine, measure
+from ._program import announce, command_line, save
 
 MAX_NORM = 1.0
 
@@ -229,9 +229,7 @@ def run_one(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line(__doc__, png=False)
     parser.add_argument("--layers", type=int, default=12 if GPU else 4)
     parser.add_argument("--dim", type=int, default=768 if GPU else 128)
     parser.add_argument("--hidden", type=int, default=2048 if GPU else 344)
@@ -243,7 +241,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=3.0, help="at most, for each contender")
     parser.add_argument("--only", default="", help="names of contenders, separated by ';'")
-    parser.add_argument("--json")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -263,12 +260,7 @@ def main() -> None:
         key: getattr(options, key)
         for key in ["layers", "dim", "hidden", "heads", "vocabulary", "length", "samples", "dtype"]
     }
-    about = {
-        "command": " ".join(["python -m benchmarks.models", *sys.argv[1:]]),
-        **describe_machine(),
-        **sizes,
-    }
-    print(json.dumps(about))
+    about = announce("models", describe_machine(), **sizes)
     rows = []
     for name in (options.only or ORDER).split(";"):
         command = [sys.executable, "-m", "benchmarks.models", *sys.argv[1:], "--one", name]
@@ -286,8 +278,7 @@ def main() -> None:
             f"  error {row.get('error', float('nan')):.1e}  {row.get('note', '')}",
             flush=True,
         )
-    if options.json:
-        Path(options.json).write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    save(options.json, {**about, "rows": rows})
 
 
 if __name__ == "__main__":

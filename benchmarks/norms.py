@@ -9,15 +9,12 @@ no norm taken; the other contenders end in (samples,) numbers and are checked ag
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ._measure import GPU, Thunk, describe_machine, measure
+from ._program import announce, command_line, save
 
 
 def gradients(x: mx.array, c: mx.array) -> mx.array:
@@ -62,21 +59,13 @@ def contenders(x: mx.array, c: mx.array) -> dict[str, Thunk]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line(__doc__, png=False)
     default = "32x512x768x768,32x512x768x2048,32x512x768x32000" if GPU else "8x64x128x344"
     parser.add_argument("--shapes", default=default)
     parser.add_argument("--dtype", default="bfloat16" if GPU else "float32")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json")
     options = parser.parse_args()
-    about = {
-        "command": " ".join(["python -m benchmarks.norms", *sys.argv[1:]]),
-        **describe_machine(),
-        "dtype": options.dtype,
-    }
-    print(json.dumps(about))
+    about = announce("norms", describe_machine(), dtype=options.dtype)
     rows: list[dict[str, Any]] = []
     for shape in options.shapes.split(","):
         samples, length, inputs, outputs = (int(n) for n in shape.split("x"))
@@ -98,8 +87,7 @@ def main() -> None:
                 f"  error {row.get('error', float('nan')):.1e}",
                 flush=True,
             )
-    if options.json:
-        Path(options.json).write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    save(options.json, {**about, "rows": rows})
 
 
 if __name__ == "__main__":

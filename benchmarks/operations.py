@@ -10,12 +10,8 @@ By hand, what MLX has no batched call for is a loop.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -23,6 +19,7 @@ import mlx.core as mx
 import mlxshim
 
 from ._measure import GPU, describe_machine, error_of, measure
+from ._program import announce, command_line, pyplot, save
 
 DTYPE = mx.bfloat16 if GPU else mx.float32
 N, L, D = (16, 2048, 4096) if GPU else (4, 64, 256)
@@ -171,7 +168,7 @@ def sections() -> dict[str, Callable[[], Contenders]]:
 
 
 def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     sections = list(dict.fromkeys(row["section"] for row in rows))
     figure, grid = plt.subplots(3, -(-len(sections) // 3), figsize=(16, 9), squeeze=False)
@@ -185,21 +182,11 @@ def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--json")
-    parser.add_argument("--png")
+    parser = command_line(__doc__)
     parser.add_argument("--only", default="", help="names, or beginnings of them")
     parser.add_argument("--repeats", type=int, default=30)
     options = parser.parse_args()
-    about = {
-        "command": " ".join(["python -m benchmarks.operations", *sys.argv[1:]]),
-        **describe_machine(),
-        "shape": [N, L, D],
-        "dtype": str(DTYPE),
-    }
-    print(json.dumps(about))
+    about = announce("operations", describe_machine(), shape=[N, L, D], dtype=str(DTYPE))
     rows: list[dict[str, Any]] = []
     wanted = tuple(options.only.split(",")) if options.only else ("",)
     for section, build in sections().items():
@@ -224,8 +211,7 @@ def main() -> None:
                 f"  error {row.get('error', float('nan')):.1e}  {row.get('note', '')}",
                 flush=True,
             )
-    if options.json:
-        Path(options.json).write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    save(options.json, {**about, "rows": rows})
     if options.png:
         draw(rows, options.png, f"{about['device']}, MLX {mx.__version__}")
 

@@ -10,14 +10,10 @@ place.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -25,6 +21,7 @@ import mlx.core as mx
 import mlxshim
 
 from ._measure import describe_machine
+from ._program import announce, command_line, pyplot, save
 
 Call = Callable[[], Any]
 
@@ -86,7 +83,7 @@ def cases() -> dict[str, Callable[[Any], Call]]:
 
 
 def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, axis = plt.subplots(figsize=(7, 0.3 * len(rows) + 1))
     names = [row["section"] for row in rows][::-1]
@@ -99,18 +96,10 @@ def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--minutes", type=float, default=0.5)
-    parser.add_argument("--json")
-    parser.add_argument("--png")
     options = parser.parse_args()
-    about = {
-        "command": " ".join(["python -m benchmarks.overhead", *sys.argv[1:]]),
-        **describe_machine(),
-    }
-    print(json.dumps(about, default=str))
+    about = announce("overhead", describe_machine())
     table, rows = cases(), []
     for name, make in table.items():
         seconds = options.minutes * 60 / len(table)
@@ -119,9 +108,7 @@ def main() -> None:
         print(
             f"{name:<26} MLX {mlx:7.2f}   mlxshim {ours:7.2f}   {ours - mlx:+7.2f} µs", flush=True
         )
-    if options.json:
-        result = {**about, "rows": rows}
-        Path(options.json).write_text(json.dumps(result, indent=1, default=str) + "\n")
+    save(options.json, {**about, "rows": rows})
     if options.png:
         draw(rows, options.png, f"A call with nothing to do, MLX {mx.__version__}")
 

@@ -27,8 +27,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
+
+from ._program import announce, command_line, pyplot, save
 
 MODULES = {"mlx": "_tasks_mlx", "torch": "_tasks_torch", "jax": "_tasks_jax"}
 CONTENDERS = {
@@ -201,7 +202,7 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure, grid = plt.subplots(2, -(-len(tasks) // 2), figsize=(16, 7.5), squeeze=False)
@@ -216,14 +217,10 @@ def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--minutes", type=float, default=3.0, help="about, the start-up included")
     parser.add_argument("--only", default="", help="tasks, or beginnings of their names")
     parser.add_argument("--contenders", default=";".join(CONTENDERS), help="separated by ;")
-    parser.add_argument("--json")
-    parser.add_argument("--png")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--tasks", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
@@ -236,11 +233,7 @@ def main() -> None:
     wanted = tuple(name.strip() for name in options.only.split(";")) if options.only else ("",)
     tasks = [task for task in _tasks.CPU_SIZES if task.startswith(wanted)]
     names = [name.strip() for name in options.contenders.split(";")]
-    about = {
-        "command": " ".join(["python -m benchmarks.peers", *sys.argv[1:]]),
-        **versions(),
-    }
-    print(json.dumps(about), flush=True)
+    about = announce("peers", versions())
     deadline = time.perf_counter() + options.minutes * 60
     rows: list[dict[str, Any]] = []
     loops: dict[str, dict[str, Any]] = {}
@@ -263,8 +256,7 @@ def main() -> None:
             )
     rows.sort(key=lambda row: tasks.index(row["task"]))
     print(report(rows))
-    if options.json:
-        Path(options.json).write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    save(options.json, {**about, "rows": rows})
     if options.png:
         draw(rows, options.png, f"{about['device']}, MLX {about['mlx']}")
 

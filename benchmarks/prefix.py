@@ -11,12 +11,8 @@ once, each row's own, the queries and the outputs; by the time of a call among o
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -25,6 +21,7 @@ import mlxshim
 from mlxshim.nn import prompt_attention
 
 from ._measure import GPU, describe_machine, error_of, measure
+from ._program import announce, command_line, pyplot, save
 
 HEADS, KV_HEADS, DIM = (32, 8, 128) if GPU else (8, 2, 64)
 DTYPE = mx.bfloat16 if GPU else mx.float32
@@ -67,7 +64,7 @@ def contenders() -> dict[str, Callable[..., mx.array]]:
 
 
 def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     prompts = sorted({r["prompt"] for r in rows})
     figure, axes = plt.subplots(1, len(prompts), figsize=(4.5 * len(prompts), 4), squeeze=False)
@@ -90,25 +87,24 @@ def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--rows", default=ROWS)
     parser.add_argument("--prefix", default=PREFIX)
     parser.add_argument("--length", type=int, default=1)
     parser.add_argument("--own", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=0.2, help="to repeat one contender for")
     parser.add_argument("--gib", type=float, default=24.0 if GPU else 4.0, help="of a contender")
-    parser.add_argument("--json")
-    parser.add_argument("--png")
     options = parser.parse_args()
-    about = {
-        "command": " ".join(["python -m benchmarks.prefix", *sys.argv[1:]]),
-        **describe_machine(),
-        "heads": HEADS, "kv_heads": KV_HEADS, "dim": DIM, "dtype": str(DTYPE),
-        "length": options.length, "own": options.own,
-    }  # fmt: skip
-    print(json.dumps(about), flush=True)
+    about = announce(
+        "prefix",
+        describe_machine(),
+        heads=HEADS,
+        kv_heads=KV_HEADS,
+        dim=DIM,
+        dtype=str(DTYPE),
+        length=options.length,
+        own=options.own,
+    )
     results: list[dict[str, Any]] = []
     functions = contenders()
     for prompt in map(int, options.prefix.split(",")):
@@ -145,8 +141,7 @@ def main() -> None:
                     f"error {row.get('error', float('nan')):.1e}",
                     flush=True,
                 )
-    if options.json:
-        Path(options.json).write_text(json.dumps({**about, "rows": results}, indent=1) + "\n")
+    save(options.json, {**about, "rows": results})
     if options.png:
         draw(results, options.png, f"{about['device']}, MLX {mx.__version__}")
 

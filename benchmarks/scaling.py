@@ -11,12 +11,9 @@ hold on the way.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import math
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +25,7 @@ import mlxshim
 
 from ._measure import GPU, describe_machine, measure
 from ._model import Shape, losses, weights
+from ._program import announce, command_line, pyplot, save
 
 Thunk = Callable[[], list[mx.array]]
 Point = tuple[int, Thunk]
@@ -186,7 +184,7 @@ def resident() -> float:
 
 
 def draw(result: dict[str, Any], path: str, title: str) -> None:
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, grid = plt.subplots(2, 4, figsize=(17, 7.5))
     for axis, (name, one) in zip(grid.flat, result["series"].items()):
@@ -211,22 +209,17 @@ def draw(result: dict[str, Any], path: str, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--minutes", type=float, default=2.0)
     parser.add_argument("--only", default="", help="series, or soak")
     parser.add_argument("--calls", type=int, default=10_000, help="of the soak")
-    parser.add_argument("--json")
-    parser.add_argument("--png")
     options = parser.parse_args()
-    about = {
-        "command": " ".join(["python -m benchmarks.scaling", *sys.argv[1:]]),
-        **describe_machine(),
-        "dtype": str(DTYPE),
-        "attention": {"n": N, "heads": HEADS, "kv_heads": KV_HEADS, "length": LENGTH, "dim": DIM},
-    }
-    print(json.dumps(about), flush=True)
+    about = announce(
+        "scaling",
+        describe_machine(),
+        dtype=str(DTYPE),
+        attention={"n": N, "heads": HEADS, "kv_heads": KV_HEADS, "length": LENGTH, "dim": DIM},
+    )
     wanted = options.only.split(",") if options.only else [*series(), "soak"]
     result: dict[str, Any] = {**about, "series": {}, "soak": []}
     seconds = options.minutes * 60 / 60
@@ -258,8 +251,7 @@ def main() -> None:
                 f"{row['process_mib']:.1f} MiB"
             )
         print(f"soak: {time.perf_counter() - begin:.1f} s")
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+    save(options.json, result)
     if options.png:
         draw(result, options.png, f"{about['device']}, MLX {mx.__version__}")
 

@@ -16,16 +16,12 @@ on a CPU; there each is counted, and timed, as one node that stands in for it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import io
-import json
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -35,6 +31,7 @@ from mlxshim.rules import _devices, attention, norms, positions
 
 from ._measure import GPU, describe_machine
 from ._model import Shape, logits, losses, weights
+from ._program import announce, command_line, pyplot, save
 
 SAMPLES, LENGTH = 4, 128
 
@@ -158,7 +155,7 @@ def contenders(shape: Shape, path: str) -> dict[str, dict[str, Callable[[], Any]
 
 
 def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     sections = list(dict.fromkeys(row["section"] for row in rows))
     figure, axes = plt.subplots(1, len(sections), figsize=(3.4 * len(sections), 3.6))
@@ -173,24 +170,14 @@ def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--path", choices=["device", "gpu"], default="gpu" if GPU else "device")
     parser.add_argument("--minutes", type=float, default=0.5)
-    parser.add_argument("--json")
-    parser.add_argument("--png")
     options = parser.parse_args()
     if options.path == "gpu":
         stand_in_for_a_gpu()
-    about = {
-        "command": " ".join(["python -m benchmarks.trace", *sys.argv[1:]]),
-        **describe_machine(),
-        "layers": options.layers,
-        "path": options.path,
-    }
-    print(json.dumps(about, default=str))
+    about = announce("trace", describe_machine(), layers=options.layers, path=options.path)
     table = contenders(Shape(layers=options.layers), options.path)
     rows: list[dict[str, Any]] = []
     seconds = options.minutes * 60 / sum(len(column) for column in table.values())
@@ -214,9 +201,7 @@ def main() -> None:
                 f"{row.get('note', '')}",
                 flush=True,
             )
-    if options.json:
-        result = {**about, "rows": rows}
-        Path(options.json).write_text(json.dumps(result, indent=1, default=str) + "\n")
+    save(options.json, {**about, "rows": rows})
     if options.png:
         draw(rows, options.png, f"Trace of {options.layers} layers, MLX {mx.__version__}")
 

@@ -55,6 +55,23 @@ def test_private_training_on_ranks():
     assert "1 ranks with the same parameters: True" in out
 
 
+def test_all_benchmarks_write_one_page(tmp_path):
+    pytest.importorskip("rich")  # of the bench extra
+    wanted = "prefix,blas"
+    run("-m", "benchmarks", "--quick", "--only", wanted, "--out", str(tmp_path / "results"))
+    page = (tmp_path / "performance.md").read_text("utf-8")
+    for name in wanted.split(","):
+        assert f"    python -m benchmarks.{name} " in page
+    assert "](results/prefix-" in page
+
+
+def test_the_page_of_performance_is_what_its_files_say():
+    from benchmarks._render import render
+
+    docs = ROOT / "docs"
+    assert (docs / "performance.md").read_text("utf-8") == render(docs / "benchmarks")
+
+
 def test_norms_benchmark(tmp_path):
     path = tmp_path / "norms.json"
     run("-m", "benchmarks.norms", "--shapes", "2x3x4x64", "--repeats", "3", "--json", str(path))
