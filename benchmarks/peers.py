@@ -11,7 +11,7 @@ of single calls, synchronised, and `best` the least of them, of which the ratios
 call's share of several that are waited for once. Memory is
 the peak above the inputs: as MLX's and PyTorch's allocators count it, and as XLA's compiler plans
 it. JAX is timed after compilation, which is reported as `first`. `error` compares a sketch of the
-results with the loop's. What a framework is not installed for is left out.
+results with the loop's. A framework that is not installed is said to be that.
 """
 
 from __future__ import annotations
@@ -120,14 +120,15 @@ def results(contender: str, tasks: list[str], seconds: float, limit: float) -> I
         )
         assert child.stdout is not None and child.stderr is not None
         current, why = left[0], ""
-        for line in lines_until(child, limit):
-            said = json.loads(line) if line.startswith("{") else {}
-            if "begins" in said:
-                current = said["begins"]
-            elif "task" in said:
-                left.remove(said["task"])
-                yield said
-        if child.poll() is None:
+        try:
+            for line in lines_until(child, limit):
+                said = json.loads(line) if line.startswith("{") else {}
+                if "begins" in said:
+                    current = said["begins"]
+                elif "task" in said:
+                    left.remove(said["task"])
+                    yield said
+        except TimeoutError:
             child.kill()
             why = f"no answer in {limit:.0f} s"
         child.wait()
@@ -143,7 +144,7 @@ def results(contender: str, tasks: list[str], seconds: float, limit: float) -> I
 
 
 def lines_until(child: subprocess.Popen[str], limit: float) -> Iterator[str]:
-    """The child's lines, until it ends or is silent for `limit` seconds."""
+    """The child's lines, until it ends; TimeoutError if it is silent for `limit` seconds."""
     assert child.stdout is not None
     with selectors.DefaultSelector() as selector:
         selector.register(child.stdout, selectors.EVENT_READ)
@@ -152,6 +153,7 @@ def lines_until(child: subprocess.Popen[str], limit: float) -> Iterator[str]:
             if not line:
                 return
             yield line
+    raise TimeoutError
 
 
 def error_of(row: dict[str, Any], loop: dict[str, Any] | None) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -70,6 +71,20 @@ def test_the_page_of_performance_is_what_its_files_say():
 
     docs = ROOT / "docs"
     assert (docs / "performance.md").read_text("utf-8") == render(docs / "benchmarks")
+
+
+def test_a_framework_that_is_not_installed_is_not_waited_for(tmp_path, monkeypatch):
+    from benchmarks import peers
+
+    # Its output ends some time before the process does.
+    (tmp_path / "torch.py").write_text(
+        "import os, time\nos.close(1)\ntime.sleep(1)\n"
+        "raise ModuleNotFoundError(\"No module named 'torch'\")\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    monkeypatch.setattr(peers, "environment", lambda: {**os.environ, "PYTHONPATH": path})
+    rows = list(peers.results("torch.func", ["rms norm, grad"], 0.1, limit=60))
+    assert [row["note"] for row in rows] == ["not installed"]
 
 
 def test_norms_benchmark(tmp_path):
