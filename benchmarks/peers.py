@@ -115,25 +115,25 @@ def results(contender: str, tasks: list[str], seconds: float, limit: float) -> I
     while left:
         command = [sys.executable, "-m", "benchmarks.peers", "--worker", contender]
         command += ["--tasks", json.dumps(left), "--seconds", str(seconds)]
-        child = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-        )
-        assert child.stdout is not None and child.stderr is not None
         current, why = left[0], ""
-        try:
-            for line in lines_until(child, limit):
-                said = json.loads(line) if line.startswith("{") else {}
-                if "begins" in said:
-                    current = said["begins"]
-                elif "task" in said:
-                    left.remove(said["task"])
-                    yield said
-        except TimeoutError:
-            child.kill()
-            why = f"no answer in {limit:.0f} s"
-        child.wait()
-        if left:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        ) as child:
+            assert child.stderr is not None
+            try:
+                for line in lines_until(child, limit):
+                    said = json.loads(line) if line.startswith("{") else {}
+                    if "begins" in said:
+                        current = said["begins"]
+                    elif "task" in said:
+                        left.remove(said["task"])
+                        yield said
+            except TimeoutError:
+                child.kill()
+                why = f"no answer in {limit:.0f} s"
+            child.wait()
             said_last = (child.stderr.read().strip().splitlines() or [""])[-1]
+        if left:
             why = why or f"exit status {child.returncode}: {said_last}"[:160]
             if "No module named" in why:
                 for task in left:
