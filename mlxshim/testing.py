@@ -39,6 +39,8 @@ MODES = (
     "vmap(compile)",
 )
 
+HALVES = (mx.float16, mx.bfloat16)
+
 #: Relative to the largest value of the result; in float32 a second derivative may lose more.
 TOLERANCE = {mx.float32: 2e-4, mx.float16: 2e-2, mx.bfloat16: 6e-2}
 
@@ -469,7 +471,10 @@ def _weighted(outputs: list[mx.array], weights: list[mx.array | None]) -> mx.arr
 
 def _gathered(grads: mx.array, axis: int | None) -> mx.array:
     """The gradient of a sum over samples: one sample's each, or their sum where it is shared."""
-    return mx.sum(grads, axis=0) if axis is None else mx.moveaxis(grads, 0, axis)
+    if axis is not None:
+        return mx.moveaxis(grads, 0, axis)
+    wide = mx.float32 if grads.dtype in HALVES else grads.dtype  # a sum that adds no error
+    return mx.sum(grads.astype(wide), axis=0).astype(grads.dtype)
 
 
 def _difference(got: list[mx.array], want: list[mx.array], tol: float) -> str | None:

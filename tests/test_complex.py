@@ -105,14 +105,9 @@ def test_functions(name: str):
 
 @pytest.mark.parametrize("name", POWERS)
 def test_powers(name: str):
-    if MLX < (0, 32, 0):
-        with pytest.raises(NotImplementedError, match=r"needs MLX 0\.32"):
-            _check(POWERS[name])
-    else:
-        _check(POWERS[name])
+    _check(POWERS[name])
 
 
-@pytest.mark.skipif(MLX < (0, 32, 0), reason="is refused there")
 def test_second_derivative_of_a_power():
     z, v = mx.array([0.3 + 0.4j]), mx.array([1.0 + 0.5j])
 

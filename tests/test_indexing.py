@@ -269,3 +269,27 @@ def test_of_two_equals_one_sample_decides_who_has_the_cotangent(key: Any, op: st
     assert mx.allclose(vmap(grad(total), (None, 0))(y, zs), want)
     assert mx.allclose(vmap(grad(total), (0, 0))(mx.stack([y] * 3), zs), want)
     assert mx.allclose(grad(lambda y: vmap(total, (None, 0))(y, zs).sum())(y), want.sum(0))
+
+
+def _by_product(y: mx.array, u: mx.array, mask: mx.array) -> mx.array:
+    """The n-th True takes the n-th update, as a matrix of zeros and ones."""
+    order = mx.cumsum(mask.astype(mx.int32)) - 1
+    chosen = (mx.expand_dims(order, 1) == mx.arange(len(u))) & mx.expand_dims(mask, 1)
+    kept = mx.expand_dims(1 - mask.astype(y.dtype), 1)
+    return mx.sin(y * kept + chosen.astype(u.dtype) @ u)
+
+
+def test_second_derivatives_of_updates_at_a_mask():
+    def assign(y: mx.array, u: mx.array, mask: mx.array) -> mx.array:
+        y = y + 0
+        y[mask] = u
+        return mx.sin(y)
+
+    arrays = (mx.random.normal((6, 2)), mx.random.normal((6, 2)))
+    assert check(
+        assign,
+        *arrays,
+        lambda: mx.random.bernoulli(0.5, (6,)),
+        reference=_by_product,
+        modes=["vmap(jvp(grad))"],
+    )

@@ -64,7 +64,8 @@ def _slopes(arrays: Arrays, y: mx.array, name: str) -> list[mx.array]:
     """The derivative with respect to each argument."""
     if name == "power":
         z, w = arrays
-        return [w * _bind(z, w - 1, name=name), y * mx.log(z)]
+        of_exponent = mx.where(mx.equal(y, 0), mx.zeros((), y.dtype), y * mx.log(z))
+        return [w * _bind(z, w - 1, name=name), of_exponent]
     if name == "logaddexp":
         return [mx.exp(x - y) for x in arrays]
     return [DERIVATIVES[name](arrays[0], y)]
@@ -236,14 +237,23 @@ def logaddexp(a: Any, b: Any, /, *, stream: Any = None) -> mx.array:
 
 
 def power(a: Any, b: Any) -> mx.array | None:
-    """`a ** b` where it is complex and differentiated, else None."""
-    if not (_differentiated() and _is_complex(a, b)):
+    """`a ** b` where its derivative is not MLX's own, else None."""
+    if not _differentiated():
         return None
-    if MLX < (0, 32, 0):
-        raise NotImplementedError(
-            f"[power] of complex numbers under a derivative needs MLX 0.32 (this is {MLX_VERSION})."
-        )
-    return _bind(*_complexes(a, b), name="power")
+    if _is_complex(a, b):
+        return _bind(*_complexes(a, b), name="power")
+    return _real_power(a, b)
+
+
+def _real_power(a: Any, b: Any) -> mx.array | None:
+    """On 0.31, whose jvp takes the first tangent for both arguments."""
+    both = isinstance(a, mx.array) and isinstance(b, mx.array)
+    if MLX >= (0, 32, 0) or not both or "jvp" not in levels.active():
+        return None
+    dtype = original(mx, "power")(a, b).dtype
+    if not mx.issubdtype(dtype, mx.floating):
+        return None
+    return _bind(a.astype(dtype), b.astype(dtype), name="power")
 
 
 def _power(owner: Any, name: str) -> None:
@@ -258,9 +268,8 @@ def _power(owner: Any, name: str) -> None:
         return a
 
 
-if MLX >= (0, 32, 0):  # plain_0_31.py has them
-    for _owner, _name in ((mx, "power"), (mx, "pow"), (mx.array, "__pow__")):
-        if hasattr(_owner, _name):
-            _power(_owner, _name)
-    _power(mx.array, "__ipow__")
-_power(mx.array, "__rpow__")
+for _owner, _name in ((mx, "power"), (mx, "pow")):
+    if hasattr(_owner, _name):
+        _power(_owner, _name)
+for _name in ("__pow__", "__ipow__", "__rpow__"):
+    _power(mx.array, _name)

@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from ..core import levels
 from ..core.interception import intercept, original
-from ..core.versions import MLX, MLX_VERSION, SELECT_JVP_BUG, TWO_TANGENTS_BUG
+from ..core.versions import MLX, TWO_TANGENTS_BUG
 from ._devices import within
 from ._discrete import discrete
 from ._fronted import fronted
@@ -457,11 +457,6 @@ def _set_where(y: mx.array, mask: mx.array, value: Any) -> mx.array:
             raise ValueError(
                 f"[array.__setitem__] Updates of shape {u.shape} are too many for a mask of "
                 f"shape {mask.shape} and an array of shape {y.shape}."
-            )
-        if SELECT_JVP_BUG and {"grad", "jvp"} <= set(levels.active()):
-            raise NotImplementedError(
-                "[array.__setitem__] jvp of the gradient of an assignment of several updates at a "
-                f"mask needs MLX 0.32 (this is {MLX_VERSION})."
             )
         before = mx.cumsum(mx.flatten(mask).astype(mx.int32)) - 1
         order = mx.minimum(mx.maximum(before, 0), u.shape[0] - 1)

@@ -3,7 +3,6 @@
     Select::jvp      reads tangents out of bounds unless all three arguments have one. Here all do:
                      each gets a zero that depends on the others.
     ArcTan2::jvp     the same, for two.
-    Power::jvp       uses the first tangent for both arguments.
     LogSumExp::jvp   forgets to sum.
     Divide::vmap     divides integers as floats.
     Scatter::vmap with updates (the gradient of an index and of a diagonal) misplaces an inner
@@ -21,17 +20,8 @@ import mlx.core as mx
 from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
-from ..core.versions import MLX_VERSION
-from .complex import power as complex_power
 from .complex import refuse_reverse
 from .truths import as_truth
-
-
-def _refuse(name: str, transform: str, why: str) -> None:
-    raise NotImplementedError(
-        f"[{name}] under {transform} needs MLX 0.32 (this is {MLX_VERSION}): {why}."
-    )
-
 
 # Forward derivatives ----------------------------------------------------------------------------
 
@@ -100,20 +90,6 @@ def arctan2(a: Any, b: Any, *, stream: Any = None) -> mx.array:
         nothing = _nothing(a, b)
         a, b = a + nothing.astype(a.dtype), b + nothing.astype(b.dtype)
     return original(mx, "arctan2")(a, b, stream=stream)
-
-
-def _power(owner: Any, name: str) -> None:
-    @intercept(owner, name)
-    def power(a: Any, b: Any, *args: Any, **kwargs: Any) -> mx.array:
-        if isinstance(a, mx.array) and isinstance(b, mx.array) and "jvp" in levels.active():
-            _refuse("power", "jvp", "its tangent of two arrays is wrong there")
-        complex_power(a, b)  # refuses
-        return original(owner, name)(a, b, *args, **kwargs)
-
-
-_power(mx, "power")
-_power(mx.array, "__pow__")
-_power(mx.array, "__ipow__")
 
 
 def _logsumexp(owner: Any) -> None:

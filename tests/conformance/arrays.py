@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from .case import booleans, case, integers, normal, uniform
+from .elementwise import POWER
 
 X = normal(2, 3, 4)
 FEW = ("vmap", "vmap(vmap)", "vmap(grad)", "grad(vmap)", "vmap(jvp)")
@@ -24,12 +25,13 @@ for name, op in {
     "__mod__": operator.mod,
     "__floordiv__": operator.floordiv,
 }.items():
-    case(f"array.{name}", op, uniform(2, 3), uniform(3), modes=FEW)
+    meaning = {"reference": POWER if name == "__pow__" else None}
+    case(f"array.{name}", op, uniform(2, 3), uniform(3), modes=FEW, **meaning)
     right = f"__r{name[2:]}"
     case(f"array.{right}", lambda x, op=op: op(2.5, x), uniform(2, 3), modes=FEW)
     assign = f"__i{name[2:]}"
     fun = getattr(operator, assign)
-    case(f"array.{assign}", lambda x, y, f=fun: f(x + 0, y), uniform(2, 3), uniform(3))
+    case(f"array.{assign}", lambda x, y, f=fun: f(x + 0, y), uniform(2, 3), uniform(3), **meaning)
     case(f"array.{assign}/of the argument", lambda x, f=fun: f(x, 2.5), uniform(2, 3), modes=FEW)
 case("array.__div__", lambda x, y: x.__div__(y), normal(2, 3), uniform(3), modes=FEW)
 case("array.__rdiv__", lambda x: x.__rdiv__(2.5), uniform(2, 3), modes=FEW)

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxshim.testing import MODES
+from mlxshim.testing import HALVES, MODES
 
 CASES: dict[str, Case] = {}
 
@@ -60,7 +60,6 @@ def case(
             CASES[f"{name}/{_name(dtype)}"] = Case(_late(fun), arrays, in_half, left)
 
 
-HALVES = (mx.float16, mx.bfloat16)
 #: What one sample comes to is MLX's own in every dtype.
 _IN_HALF = tuple(mode for mode in MODES if mode not in ("call", "compile(vmap)"))
 _FEW = ("vmap", "vmap(grad)")
