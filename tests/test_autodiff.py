@@ -7,7 +7,7 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxshim import grad, jvp, value_and_grad, vjp
+from mlxshim import grad, jvp, value_and_grad, vjp, vmap
 
 
 def loss(x, y, *, z=1.0):
@@ -112,3 +112,29 @@ def test_errors(call, words):
 
 def test_wrapped_functions_keep_their_names():
     assert grad(loss).__name__ == value_and_grad(loss).__name__ == "loss"
+
+
+@pytest.mark.parametrize("how", ["grad", "dict", "complex", "vjp"])
+def test_a_second_derivative_through_a_broadcast_of_axes_mapped_behind_others(how: str):
+    """Where all sizes are the same, a misplaced axis would be a wrong number and no error."""
+    x, b, us = (mx.random.normal(shape) for shape in ((2, 2, 2), (2,), (2, 2)))
+
+    def first(b, u):
+        """Along `u`, which alone is mapped."""
+
+        def loss(b):
+            return mx.sum(mx.sin(x + b))
+
+        if how == "grad":
+            slope = grad(loss)(b)
+        elif how == "dict":
+            slope = value_and_grad(lambda tree: loss(tree["b"]))({"b": b})[1]["b"]
+        elif how == "complex":
+            slope = grad(lambda b, n: loss(b), (0, 1), allow_int=True)(b, mx.array(1))[0]
+        else:
+            slope = vjp(loss, [b], [mx.array(1.0)])[1][0]
+        return mx.sum(slope * u)
+
+    got = vmap(grad(first), in_axes=(None, 1))(b, us)
+    second = -mx.sum(mx.sin(x + b), axis=(0, 1))
+    assert mx.allclose(got, second * us.T, rtol=1e-4, atol=1e-5)

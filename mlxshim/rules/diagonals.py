@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..core import levels
+from ..core.fronted import fronted
 from ..core.interception import intercept, original
-from ._fronted import fronted
 
 
 def _diagonal(owner: Any) -> None:

@@ -22,11 +22,11 @@ from typing import Any
 import mlx.core as mx
 
 from ..core import levels
+from ..core.fronted import fronted
 from ..core.interception import intercept, original
 from ..core.versions import MLX, TWO_TANGENTS_BUG
 from ._devices import within
 from ._discrete import discrete
-from ._fronted import fronted
 from ._one_entry import ONE_ENTRY_BUG, plain_steps
 from ._tracers import is_tracer
 from .windows import Window, become, is_whole, of_all, read, reads_itself, write

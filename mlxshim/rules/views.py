@@ -24,11 +24,11 @@ from typing import Any
 import mlx.core as mx
 
 from ..core import levels
+from ..core.fronted import fronted
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ..core.versions import MLX, SELECT_JVP_BUG
 from ._devices import within
-from ._fronted import fronted
 from ._tracers import is_tracer
 from .windows import Window, write
 

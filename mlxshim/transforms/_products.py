@@ -23,6 +23,7 @@ import mlx.core as mx
 
 from ..core import native, replay
 from ..core.errors import ArgumentError
+from ..core.fronted import fronted_gradients
 from ..core.levels import at_level, standing_in
 from ..core.versions import MLX, MLX_VERSION
 from ._structure import Parts, output_namer
@@ -85,7 +86,7 @@ def pull(run: Flat, primals: Sequence[mx.array], cotangents: Sequence[mx.array])
 
     seeds = [mx.expand_dims(conjugate(c), 0) for c in cotangents]
     pulled = native.vjp(at_level("grad", body), list(primals), seeds)[1]
-    return [conjugate(g) for g in pulled]
+    return fronted_gradients([conjugate(g) for g in pulled])
 
 
 def push(

@@ -18,6 +18,7 @@ from typing_extensions import ParamSpec
 
 from ..core import native, trees
 from ..core.errors import ArgumentError
+from ..core.fronted import fronted_gradients
 from ..core.interception import intercepted
 from ..core.levels import at_level, standing_in
 from ._products import check_complex, pair
@@ -267,7 +268,7 @@ class _Gradient:
             if n < len(args):
                 x = args[n]
                 if (type(x) is mx.array and x.dtype in REAL) or plain(x):
-                    return mlx_grad(*args, **kwargs)
+                    return fronted_gradients(mlx_grad(*args, **kwargs))
             return self.grad(*args, **kwargs)
 
         return quick
@@ -295,7 +296,7 @@ class _Gradient:
             return self._value(fun(*args, **kwargs), results)
 
         grads = native.grad(at_level("grad", body), *which)(*args, **kwargs)
-        return results[0], grads
+        return results[0], fronted_gradients(grads)
 
     def grad(self, *args: Any, **kwargs: Any) -> Any:
         value, grads = self.value_and_grad(*args, **kwargs)
@@ -339,7 +340,7 @@ class _Gradient:
             return self._value(self.fun(*full, **{**kwargs, **named}), results)
 
         if parts.arrays:
-            grads = native.grad(at_level("grad", of_arrays))(parts.arrays)
+            grads = fronted_gradients(native.grad(at_level("grad", of_arrays))(parts.arrays))
             if self.holomorphic or self.conjugate is False:
                 grads = [conjugated(g) for g in grads]
         else:

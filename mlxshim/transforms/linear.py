@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from ..core import native
 from ..core.errors import ArgumentError
+from ..core.fronted import fronted_gradients
 from ..core.interception import intercepted
 from ..core.levels import at_level, standing_in
 from ..core.primitive import Node
@@ -121,7 +122,7 @@ def _vjp_of_lists(
     if len(outputs) != len(cotangents):
         # MLX wants no cotangent for an output that is a stop_gradient.
         return native.vjp(at_level("grad", fun), list(primals), list(cotangents))
-    return outputs, pulled
+    return outputs, fronted_gradients(pulled)
 
 
 @intercepted
