@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections import namedtuple
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from jax_oracle import JAX, OURS, both_refuse, jax, reverse_of_complex, same
+
+import mlxshim
 
 Pair = namedtuple("Pair", "first second")
 RNG = np.random.default_rng(0)
@@ -50,6 +53,34 @@ def test_trees_of_in_axes(in_axes):
         return lib.transforms.vmap(f, in_axes=in_axes)(p, lib.array(Y))
 
     same(program)
+
+
+@pytest.mark.parametrize("out_axes", [0, (0, 0, -1, 0, -1)])
+@pytest.mark.parametrize("value", [2.5, 3, True, np.float32(4)])
+def test_a_number_is_the_output_of_every_sample(value, out_axes):
+    def program(lib):
+        def f(x):
+            return x.sum(), value, value, None, np.ones((2,), "f")
+
+        return lib.transforms.vmap(f, out_axes=out_axes)(lib.array(X))
+
+    same(program)
+    same(lambda lib: lib.transforms.vmap(lambda x: value)(lib.array(X)))
+
+
+def test_a_number_is_an_output_in_chunks_and_in_a_loop():
+    def f(x):
+        return x, 2.0
+
+    def reads(x):
+        return x, 2.0 if x.sum().item() < 100 else 3.0
+
+    vmap, xs = mlxshim.vmap, mx.array(X)
+    for got in (vmap(f)(xs), vmap(f, chunk_size=3)(xs)):
+        assert got[1].tolist() == [2.0] * N
+    with pytest.warns(mlxshim.PerformanceWarning):
+        assert vmap(reads)(xs)[1].tolist() == [2.0] * N
+    assert vmap(vmap(f))(xs)[1].tolist() == [[2.0] * 3] * N
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import mlx.core as mx
 from ..core import trees
 from ..core.errors import ArgumentError
 from ..core.primitive import Node
-from ._flat import Slot, is_numpy
+from ._flat import Slot, is_number, is_numpy
 
 
 def check_spec(spec: Any, name: str) -> None:
@@ -239,6 +239,8 @@ class Outputs:
         def take(leaf: Any, axis: int | None, path: trees.Path) -> Any:
             if leaf is None:
                 return None
+            if is_number(leaf):
+                leaf = mx.array(leaf)
             if not isinstance(leaf, mx.array):
                 where = trees.written(path)
                 raise ArgumentError(

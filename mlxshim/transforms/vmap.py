@@ -59,12 +59,12 @@ def vmap(
 
     Returns:
         A function that takes each mapped argument with one more axis than `fun` does, of the same
-        size for all, and returns each output with one more axis.
+        size for all, and returns each output with one more axis (a number, once for each sample).
 
     Raises:
         ArgumentError: an axis specification that does not fit, an axis out of range, mapped axes of
-            different sizes, nothing mapped, an output that is no array. (It is a ValueError, as
-            MLX's, and a TypeError, as JAX's.)
+            different sizes, nothing mapped, an output that is no array or number. (It is a
+            ValueError, as MLX's, and a TypeError, as JAX's.)
         NoBatchingRule: with `fallback="error"`, naming the operation.
 
     Example:
