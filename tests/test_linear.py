@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,6 +12,7 @@ import pytest
 import mlxshim
 from mlxshim import grad, jvp, linear_transpose, linearize, value_and_grad, vjp, vmap
 from mlxshim.core.versions import MLX
+from mlxshim.testing import loop
 
 X, Y = mx.array([1.0, 2.0]), mx.array([3.0, 5.0])
 
@@ -221,3 +223,30 @@ def test_nothing_waits_for_the_garbage_collector(name):
         assert mx.get_active_memory() == before
     finally:
         gc.enable()
+
+
+MAPPED = [m for m in itertools.product((0, None), repeat=4) if any(axis == 0 for axis in m)]
+
+
+@pytest.mark.parametrize("place", MAPPED, ids=str)
+def test_tangents_of_a_product_of_which_any_are_mapped(place):
+    def tangent(a, b, ta, tb):
+        return jvp(lambda a, b: mx.tanh(a @ b), [a, b], [ta, tb])[1][0]
+
+    shapes = ((4, 5), (5, 3)) * 2
+    arrays = [mx.random.normal(s if axis is None else (2, *s)) for s, axis in zip(shapes, place)]
+    got = vmap(tangent, in_axes=place, fallback="error")(*arrays)
+    close(got, loop(tangent, place)(*arrays))
+    again = vmap(lambda *xs: vmap(tangent, (None,) * 4, axis_size=2)(*xs), in_axes=place)(*arrays)
+    assert again.shape == (2, 2, 4, 3)
+
+
+def test_shared_tangents_where_one_is_mapped_by_an_outer_vmap_alone():
+    a, b, ta, tb = (mx.random.normal(s) for s in ((4, 5), (5, 3), (2, 4, 5), (5, 3)))
+    xs = mx.random.normal((3, 4, 3))
+
+    def tangent(ta, x):
+        return jvp(lambda a, b: x * (a @ b), [a, b], [ta, tb])[1][0]
+
+    each = vmap(vmap(tangent, (None, 0)), (0, None), fallback="error")(ta, xs)
+    close(each, xs * mx.expand_dims(ta @ b + a @ tb, 1))

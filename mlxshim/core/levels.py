@@ -27,7 +27,9 @@ Kind = Literal["vmap", "grad", "jvp"]
 class VmapLevel:
     """What rules and collectives may ask of one active vmap."""
 
-    __slots__ = ("axis_name", "calls", "depth", "mapped", "plan", "randomness", "size", "used")
+    __slots__ = (
+        *("axis_name", "calls", "depth", "mapped", "plan", "randomness", "size", "ties", "used"),
+    )
 
     def __init__(
         self, axis_name: object, size: int, randomness: str, plan: Plan | None = None
@@ -45,6 +47,8 @@ class VmapLevel:
         self.mapped: mx.array | None = None
         #: How many vmap levels are around this one.
         self.depth = 0
+        #: Whether a tangent that samples share is to be one of each sample's own.
+        self.ties = False
 
 
 class _Here:

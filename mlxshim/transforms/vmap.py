@@ -101,8 +101,9 @@ def vmap(
                     )(*args)
                     return outputs.give(results)
                 except Exception as e:
-                    _loop_or_raise(e, outputs, fallback, axis_name)
-                    loop = True
+                    if not _lacks_a_mapped_tangent(e):
+                        _loop_or_raise(e, outputs, fallback, axis_name)
+                        loop = True
         inputs = Inputs(fun, args, kwargs, in_axes, axis_size)
         outputs = Outputs(out_axes, named)
         # Much of MLX divides by the extent of an axis: instead of none, one of zeros is traced.
@@ -147,8 +148,23 @@ def _batched(
         return outputs.take(body(samples[0], *args, **kwargs))
 
     axes = tuple(inputs.axes) if len(inputs.axes) > 1 else inputs.axes[0]
-    results: Any = native.vmap(per_sample, axes, outputs.axes)(*arrays)
+    run: Any = native.vmap(per_sample, axes, outputs.axes)
+    try:
+        results = run(*arrays)
+    except Exception as e:
+        if not _lacks_a_mapped_tangent(e):
+            raise
+        level.ties, level.calls = True, 0
+        results = run(*arrays)
     return [results] if isinstance(results, mx.array) else list(results)
+
+
+def _lacks_a_mapped_tangent(error: Exception) -> bool:
+    """Whether MLX could not map its tangent of a product, C + A T, for C alone is mapped.
+
+    Source: mlx/primitives.cpp, `Matmul::jvp` and `AddMM::vmap`.
+    """
+    return "[addmm] input c must broadcast to the output shape" in str(error)
 
 
 # The loop --------------------------------------------------------------------------------------
