@@ -17,8 +17,11 @@ TESTS = Path(__file__).resolve().parent
 class Process:
     """`python -m module *arguments`, started at the first question and after every death."""
 
-    def __init__(self, module: str, *arguments: str, limit: float = 60) -> None:
+    def __init__(
+        self, module: str, *arguments: str, limit: float = 60, environ: dict[str, str] | None = None
+    ) -> None:
         self._command = [sys.executable, "-m", module, *arguments]
+        self._environ = environ or {}
         self.limit = limit
         self.process: subprocess.Popen[bytes] | None = None
         self._buffer = b""
@@ -36,7 +39,7 @@ class Process:
         self.process = subprocess.Popen(
             self._command,
             cwd=TESTS,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            env={**os.environ, **self._environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
