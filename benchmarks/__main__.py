@@ -1,7 +1,7 @@
 """Run every benchmark, each in a process of its own, and write docs/performance.md from it all.
 
     python -m benchmarks [--minutes 10] [--only NAME,...] [--out docs/benchmarks] [--render-only]
-    python -m benchmarks --quick --out /tmp/quick/benchmarks     # whether all of them run
+    python -m benchmarks --quick --out ../quick/benchmarks     # whether all of them run
 
 Each writes OUT/NAME-DEVICE.json and .png. The page, performance.md beside OUT, is rendered from
 every result in OUT, whatever machine it is from. It needs `pip install -e ".[bench]"`.

@@ -1,6 +1,6 @@
-"""float32 `a @ a` on one core of the CPU: with the BLAS that MLX finds, and with OpenBLAS.
+"""`a @ a` on one core of the CPU: with the BLAS that MLX finds, and with OpenBLAS.
 
-    python -m benchmarks.blas [--sizes 256,512,1024] [--repeats 20] [--json FILE]
+    python -m benchmarks.blas [--sizes 256,512,1024] [--dtype float32] [--repeats 20] [--json FILE]
 
 On Linux the wheel of MLX without a GPU carries the reference BLAS; OpenBLAS (Debian's
 `libopenblas0`) is preloaded. Each runs in a process of its own. Where there is no OpenBLAS, and
@@ -39,12 +39,12 @@ def kernel() -> str | None:
     return corename().decode()
 
 
-def here(sizes: list[int], repeats: int) -> dict[str, Any]:
+def here(sizes: list[int], dtype: str, repeats: int) -> dict[str, Any]:
     """Milliseconds of a product of each size, with the BLAS of this process."""
     mx.set_default_device(mx.Device(mx.cpu))
     found = {}
     for n in sizes:
-        a = mx.random.normal((n, n))
+        a = mx.random.normal((n, n)).astype(getattr(mx, dtype))
         mx.eval(a)
         found[str(n)] = measure(lambda a=a: [a @ a], repeats)["own_ms"]
     return {"blas": doctor.blas(), "kernel": kernel(), "ms": found}
@@ -57,7 +57,7 @@ def elsewhere(options: argparse.Namespace, preload: str | None) -> dict[str, Any
         environment["LD_PRELOAD"] = preload
     environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.blas", "--here", "--sizes", options.sizes]
-    command += ["--repeats", str(options.repeats)]
+    command += ["--dtype", options.dtype, "--repeats", str(options.repeats)]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -65,14 +65,15 @@ def elsewhere(options: argparse.Namespace, preload: str | None) -> dict[str, Any
 def main() -> None:
     parser = command_line(__doc__, png=False)
     parser.add_argument("--sizes", default="256,512,1024")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     sizes = [int(n) for n in options.sizes.split(",")]
     if options.here:
-        print(json.dumps(here(sizes, options.repeats)))
+        print(json.dumps(here(sizes, options.dtype, options.repeats)))
         return
-    about = announce("blas", describe_machine(), columns=COLUMNS)
+    about = announce("blas", describe_machine(), columns=COLUMNS, dtype=options.dtype)
     library = ctypes.util.find_library("openblas") if sys.platform == "linux" else None
     found = [elsewhere(options, preload) for preload in ([None, library] if library else [None])]
     rows: list[dict[str, Any]] = []

@@ -267,7 +267,7 @@ def _faster_blas() -> str:
     install = "" if there else "install OpenBLAS (Debian, Ubuntu: libopenblas0) and "
     return (
         "MLX multiplies float32 matrices with the reference BLAS that its Linux wheel carries: "
-        f"{install}run with LD_PRELOAD={there or 'libopenblas.so.0'}, which is 14 to 30 times "
+        f"{install}run with LD_PRELOAD={there or 'libopenblas.so.0'}, which is 15 to 30 times "
         "faster on one core"
     )
 
