@@ -189,6 +189,10 @@ def test_errors_name_what_is_wrong():
         vmap(lambda x: ppermute(x, "i", [(0, 1), (0, 2)]), axis_name="i")(xs)
     with pytest.raises(ValueError, match="dealt out"):
         vmap(lambda x: psum_scatter(x, "i"), axis_name="i")(xs)
+    with pytest.raises(ValueError, match=r"scatter_dimension 0 .* a multiple of 4"):
+        vmap(lambda x: psum_scatter(x, "i", tiled=True), axis_name="i")(xs)
+    with pytest.raises(ValueError, match=r"scatter_dimension 1 is out of range"):
+        vmap(lambda x: psum_scatter(x, "i", scatter_dimension=1), axis_name="i")(xs)
     with pytest.raises(ValueError, match="out of range"):
         vmap(lambda x: all_gather(x, "i", axis=3), axis_name="i")(xs)
     with pytest.raises(ValueError, match=r"split_axis 0 .* cannot be dealt out to 4"):

@@ -255,6 +255,9 @@ COLLECTIVES = {
     "psum_scatter of axis 1": lambda c, x, a: c.psum_scatter(
         x[:, None] * a(np.ones((1, 4), "f")), "i", scatter_dimension=1
     ),
+    "psum_scatter, tiled": lambda c, x, a: c.psum_scatter(
+        x[:, None] * a(np.ones((1, 8), "f")), "i", scatter_dimension=1, tiled=True
+    ),
     "all_to_all": lambda c, x, a: c.all_to_all(x[:, None] * a(np.arange(4, dtype="f")), "i", 1, 0),
     "all_to_all, tiled": lambda c, x, a: c.all_to_all(
         x[:, None] * a(np.arange(8, dtype="f")), "i", 1, 0, tiled=True
@@ -281,6 +284,41 @@ def test_collective(name):
             lib.array(X.T)
         )
     )
+
+
+GROUPED = {
+    "psum": lambda c, x, **groups: c.psum(x, "i", **groups),
+    "pmean": lambda c, x, **groups: c.pmean(x, "i", **groups),
+    "pmax": lambda c, x, **groups: c.pmax(x, "i", **groups),
+    "pmin": lambda c, x, **groups: c.pmin(x, "i", **groups),
+    "all_gather": lambda c, x, **groups: c.all_gather(x, "i", **groups),
+    "psum_scatter": lambda c, x, **groups: c.psum_scatter(x[:2], "i", **groups),
+    "all_to_all": lambda c, x, **groups: c.all_to_all(x[:2], "i", 0, 0, **groups),
+    "pswapaxes": lambda c, x, **groups: c.pswapaxes(x[:2], "i", 0, **groups),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_are_an_axis_of_their_own(name):
+    """JAX's vmap has no axis_index_groups; what the refusal says to do is what they would be."""
+
+    def refused(lib):
+        groups = [[0, 1], [2, 3]]
+        with pytest.raises(NotImplementedError) as raised:
+            lib.transforms.vmap(
+                lambda x: GROUPED[name](lax(lib), x, axis_index_groups=groups), axis_name="i"
+            )(lib.array(X))
+        return str(raised.value)
+
+    assert refused(JAX)
+    said = refused(OURS)
+    assert name in said and "(groups, members)" in said
+
+    def program(lib):
+        one = lib.transforms.vmap(lambda x: GROUPED[name](lax(lib), x), axis_name="i")
+        return lib.transforms.vmap(one)(lib.array(X.reshape(2, 2, 3)))
+
+    same(program)
 
 
 @pytest.mark.parametrize("name", COLLECTIVES)
