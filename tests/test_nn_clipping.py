@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_map
 from nn_models import CASES, LoRA, close, close_trees, dense_case, loop, mixed_case, snapshot
 from nn_models import squares as squares_loss
 
-from mlxshim.nn import _parts, clipped_grad, clipping, per_sample_norms
+from mlxshim.nn import _parts, _tape, clipped_grad, clipping, per_sample_norms
 
 
 def norms_of(grads):
@@ -41,8 +41,9 @@ def way(request, monkeypatch):
     if request.param != "as it comes":
         by_rows = request.param == "by rows"
         monkeypatch.setattr(_parts, "_prefers_rows", lambda parameter: by_rows)
-    if request.param == "by gradients":
-        monkeypatch.setattr(_parts, "HELD", 1)  # one sample at a time
+    if request.param == "by gradients":  # one sample at a time
+        monkeypatch.setattr(_parts, "HELD", 1)
+        monkeypatch.setattr(_parts, "HELD_SHARE", 0)
     return request.param
 
 
@@ -164,23 +165,77 @@ def test_unknown_layers_go_in_chunks(monkeypatch):
     close_trees(got, flat_clip(grads, 1.0), 1e-4)
 
 
-def test_memory_is_that_of_a_batch():
+def peak(fun, *data):
+    """Bytes above what there is already, once what is compiled or kept is there."""
+    mx.eval(fun(*data), *data)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(fun(*data))
+    return mx.get_peak_memory() - before
+
+
+def deep_case(samples=48, rows=1, dim=256, depth=6):
+    layers = [layer for _ in range(depth) for layer in (nn.Linear(dim, dim), nn.Tanh())]
+    model, x = nn.Sequential(*layers), mx.random.normal((samples, rows, dim))
+    mx.eval(model.parameters())
+    return model, (x, mx.random.normal(x.shape))
+
+
+def test_gradients_are_not_held():
     """The gradients of all samples would be 48 times the parameters."""
-    layers = [layer for _ in range(6) for layer in (nn.Linear(256, 256), nn.Tanh())]
-    model = nn.Sequential(*layers)
-    x = mx.random.normal((48, 256))
-    data = (x, mx.random.normal(x.shape))
-    mx.eval(model.parameters(), *data)
+    model, data = deep_case()
     held = sum(p.nbytes for _, p in tree_flatten(model.parameters()))
+    clip = clipped_grad(model, squares_loss, 1.0)
+    assert held < peak(lambda *data: clip(model, *data), *data) < 6 * held
 
-    def peak(fun):
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        mx.eval(fun())
-        return mx.get_peak_memory() - before
 
-    assert held < peak(lambda: clipped_grad(model, squares_loss, 1.0)(model, *data)) < 6 * held
+@pytest.mark.parametrize("compiled", [False, True])
+def test_memory_is_that_of_a_batch(compiled):
+    model, data = deep_case(16, 64, 128, depth=32)
+    parameters = model.parameters()
+
+    def ordinary(*data):
+        found = nn.value_and_grad(model, squares_loss)(model, *data)
+        model.update(parameters)  # MLX leaves its tracers in it
+        return found
+
+    clip = clipped_grad(model, squares_loss, 1.0)
+    both = [ordinary, lambda *data: clip(model, *data)]
+    batch, clipped = (peak(mx.compile(fun) if compiled else fun, *data) for fun in both)
+    assert clipped < 1.1 * batch
+
+
+def test_what_a_loss_is_made_of_is_not_held():
+    """Twelve arrays of logits, and their cotangents, are not in memory together."""
+    model = nn.Sequential(*(nn.Linear(16, 4096, bias=False) for _ in range(12)))
+    loss = lambda m, x: sum(mx.logsumexp(layer(x), axis=-1).sum() for layer in m.layers)  # noqa: E731
+    clip = clipped_grad(model, loss, 1.0)
+    x = mx.random.normal((8, 16, 16))
+    logits = 4 * 8 * 16 * 4096
+    assert peak(lambda x: clip(model, x), x) < 19 * logits
+
+
+def test_rows_of_norms_are_not_held(monkeypatch):
+    """A chain of norms needs what it normalises, and not the cotangents of all."""
+    monkeypatch.setattr(_tape._devices, "gpu", lambda *_: True)
+    model = nn.Sequential(*(nn.RMSNorm(128) for _ in range(12)))
+    clip = clipped_grad(model, lambda m, x: m(x).square().sum(), 1.0)
+    x = mx.random.normal((8, 64, 128))
+    assert peak(lambda x: clip(model, x), x) < 32 * x.nbytes
+
+
+def test_norms_take_turns(monkeypatch):
+    """The gradients of one sample at a time."""
+    monkeypatch.setattr(_parts, "HELD", 1)
+    monkeypatch.setattr(_parts, "HELD_SHARE", 0)
+    monkeypatch.setattr(_parts, "_prefers_rows", lambda parameter: False)
+    rows, dim, samples, depth = 2, 256, 16, 32
+    model, data = deep_case(samples, rows, dim, depth)
+    norms = per_sample_norms(model, squares_loss)
+    parts = 2 * depth * 4 * samples * rows * dim
+    # MLX queues ten.
+    assert peak(lambda *data: norms(model, *data), *data) < parts + 14 * 4 * dim**2
 
 
 @pytest.mark.parametrize("bound", [0, -1.0, "1", True, mx.ones((2,)), {"weight": 1.0}])

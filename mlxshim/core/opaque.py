@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from .plans import placeholder
-from .primitive import Arrays, Axes, Node, full, mapped_size
+from .primitive import Arrays, Axes, Node, full, mapped_size, several
 
 
 def opaque_node(
@@ -51,3 +52,29 @@ def copies(x: mx.array, size: int) -> mx.array:
 def in_front(size: int, arrays: Arrays, axes: Axes) -> list[mx.array]:
     """The arrays with the mapped axis first; an unmapped one is there once for each sample."""
     return [copies(x, size) if a is None else mx.moveaxis(x, a, 0) for x, a in zip(arrays, axes)]
+
+
+# In order --------------------------------------------------------------------------------------
+
+
+def after(waiting: Arrays, others: Arrays) -> Arrays:
+    """`waiting`, evaluated when `others` are: `mx.depends`, with every transform."""
+    return _waiting(len(waiting))(*waiting, *others) if waiting and others else waiting
+
+
+@functools.lru_cache(maxsize=8)
+def _waiting(count: int) -> Callable[..., Arrays]:
+    # A node is computed after all of its arguments, whatever its value is made of.
+    def vjp(primals: Any, cotangents: Any, outputs: Any) -> Arrays:
+        return [*several(cotangents), *(mx.zeros_like(x) for x in primals[count:])]
+
+    def vmap(arrays: Arrays, axes: Axes) -> tuple[Arrays, list[int]]:
+        size = mapped_size(arrays, axes)
+        xs = [x if a is not None else copies(x, size) for x, a in zip(arrays, axes)]
+        return after(xs[:count], arrays[count:]), [a or 0 for a in axes[:count]]
+
+    node: Any = Node(lambda *xs: list(xs[:count]))
+    node.vjp(vjp)
+    node.vmap(vmap)
+    node.jvp(lambda primals, tangents: full(primals[:count], tangents[:count]))
+    return node

@@ -12,10 +12,15 @@ inputs * outputs; whichever takes fewer multiplications is taken, a few samples 
 one parameter (a layer called several times, tied weights) are rows of one sum, so the cross terms
 are in it. The third line uses the parts again: one backward pass gives both norms and weighted sum
 (book-keeping: Bu et al. 2023, "Differentially private optimization on large model at small cost").
+
+All parts are in memory until the weights are known, as much as the forward pass held or less. What
+norms and sums hold besides is little, because they take turns (`_Turns`): left to itself, MLX
+would begin with what is deepest in the graph, which is every layer's products.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +29,8 @@ import mlx.core as mx
 from ..rules import _devices
 from ._tape import Pair, Parameter
 
-#: Bytes of per-sample gradients that a norm may hold at a time.
-HELD = 512 * 2**20
+#: What norms and weighted sums may hold at a time: this share of what the parts do, or these bytes.
+HELD_SHARE, HELD = 1 / 16, 32 * 2**20
 
 _HALF = (mx.float16, mx.bfloat16)
 
@@ -46,14 +51,42 @@ class Run:
         """For each parameter, of each sample: (samples,), float32."""
         if not self.size:
             return [mx.zeros((0,)) for _ in self.parameters]
-        return [squared_norm(p, self.size) for p in self.parameters]
+        turns = self._turns()
+        return [squared_norm(p, self.size, turns) for p in self.parameters]
 
     def weighted_sums(self, weights: list[mx.array]) -> list[mx.array]:
         """For each parameter, the sum over samples, each times its weight; `weights` are
         (samples,), one for each parameter."""
         if not self.size:
             return [mx.zeros_like(p.value) for p in self.parameters]
-        return [weighted_sum(p, w) for p, w in zip(self.parameters, weights)]
+        turns = self._turns()
+        return [
+            turns.take(_bytes_weighed(p), p, functools.partial(weighted_sum, weights=w))
+            for p, w in zip(self.parameters, weights)
+        ]
+
+    def _turns(self) -> _Turns:
+        held = sum(part.nbytes for p in self.parameters for pair in p.pairs for part in pair)
+        return _Turns(max(HELD, int(HELD_SHARE * held)))
+
+
+class _Turns:
+    """Work that holds `most` bytes together; what comes next waits until it is done."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.bytes = most, 0
+        self.now: list[mx.array] = []
+        self.before: list[mx.array] = []
+
+    def take(
+        self, nbytes: int, parameter: Parameter, work: Callable[[Parameter], mx.array]
+    ) -> mx.array:
+        """`work(parameter)`, which holds so many bytes while it runs and returns few."""
+        if self.now and self.bytes + nbytes > self.most:
+            self.before, self.now, self.bytes = self.now, [], 0
+        self.bytes += nbytes
+        self.now.append(work(parameter.waiting(self.before)))
+        return self.now[-1]
 
 
 # Gradients -------------------------------------------------------------------------------------
@@ -87,19 +120,31 @@ def _part(x: mx.array, samples: slice, parameter: Parameter) -> mx.array:
 # Norms -----------------------------------------------------------------------------------------
 
 
-def squared_norm(parameter: Parameter, size: int) -> mx.array:
-    if not (parameter.products or parameter.lookups):
+def squared_norm(parameter: Parameter, size: int, turns: _Turns) -> mx.array:
+    if not parameter.pairs:
         if parameter.direct is None:
             return mx.zeros((size,))
         return _sum_of_squares(parameter.direct)
     if parameter.direct is None and _prefers_rows(parameter):
-        return _by_rows(parameter)
-    step = max(1, HELD // max(1, parameter.value.nbytes))
-    found = [
-        _sum_of_squares(gradient(parameter, slice(i, min(i + step, size))))
-        for i in range(0, size, step)
-    ]
+        return turns.take(_bytes_by_rows(parameter), parameter, _by_rows)
+    each = parameter.value.nbytes
+    step = max(1, turns.most // max(1, each))
+    found = []
+    for i in range(0, size, step):
+        samples = slice(i, min(i + step, size))
+
+        def of_gradients(parameter: Parameter, samples: slice = samples) -> mx.array:
+            return _sum_of_squares(gradient(parameter, samples))
+
+        found.append(turns.take(each * (samples.stop - i), parameter, of_gradients))
     return mx.concatenate(found) if len(found) > 1 else found[0]
+
+
+def _bytes_by_rows(parameter: Parameter) -> int:
+    rows = sum(c.shape[1] for _, c in parameter.pairs)
+    half = parameter.value.dtype in _HALF
+    cast = sum(2 * part.nbytes for pair in parameter.products for part in pair) if half else 0
+    return 2 * 4 * parameter.size * rows**2 + cast
 
 
 def _prefers_rows(parameter: Parameter) -> bool:
@@ -196,6 +241,12 @@ def weighted_sum(parameter: Parameter, weights: mx.array) -> mx.array:
         c = _weigh(c, weights).astype(value.dtype)
         total = total.at[mx.reshape(ids, (-1,))].add(_flat(c))
     return mx.zeros_like(value) if total is None else total
+
+
+def _bytes_weighed(parameter: Parameter) -> int:
+    return sum(min(x.nbytes, c.nbytes) for x, c in parameter.products) + sum(
+        c.nbytes for _, c in parameter.lookups
+    )
 
 
 @_on_gpu

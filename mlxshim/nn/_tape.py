@@ -19,6 +19,7 @@ After Goodfellow, "Efficient per-example gradient computations" (2015).
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..core import native
+from ..core.opaque import after
 from ..core.plans import placeholder
 from ..core.primitive import Arrays, Axes, Node
 from ..rules import _devices
@@ -73,6 +75,27 @@ class Parameter:
         x = _normalised(x, None, name, eps)
         return nodes.scaled(self.copy, self.copy, x, self.value, self.seed)[0]
 
+    def add_scale(self, x: mx.array, cotangent: mx.array, dx: mx.array) -> mx.array:
+        """The parameter multiplied each row of `x`; `dx`, to be computed after its gradients."""
+        terms = cotangent.astype(mx.float32) * x.astype(mx.float32)
+        gradients = mx.sum(_rows(terms, 1), axis=1).astype(self.value.dtype)
+        self.add(gradients)
+        return after([dx], [gradients])[0]
+
+    @property
+    def pairs(self) -> list[Pair]:
+        return self.products + self.lookups
+
+    def waiting(self, others: list[mx.array]) -> Parameter:
+        """The same, whose parts are not computed with before `others` are there."""
+        if not (others and self.pairs):
+            return self
+        parts = after([part for pair in self.pairs for part in pair], others)
+        pairs, count = list(zip(parts[::2], parts[1::2])), len(self.products)
+        found = copy.copy(self)
+        found.products, found.lookups = pairs[:count], pairs[count:]
+        return found
+
     def add(self, gradients: mx.array) -> None:
         self.direct = gradients if self.direct is None else self.direct + gradients
 
@@ -107,7 +130,7 @@ class Tape:
         def total(seed: mx.array) -> mx.array:
             self.seed = seed
             nodes = (_nodes(self.depth, p.index).spread(self.size) for p in self.parameters)
-            return body([node(p.value, seed) for node, p in zip(nodes, self.parameters)])
+            return _known(body([node(p.value, seed) for node, p in zip(nodes, self.parameters)]))
 
         with _entered(self):
             vjp(total, [mx.zeros(())], [mx.ones((self.size,))])
@@ -148,6 +171,17 @@ def _recorded(depth: int, index: int) -> Parameter | None:
     """The parameter, unless somebody differentiates what was recorded once more."""
     stack = _tapes.stack
     return stack[depth].parameters[index] if len(stack) == depth + 1 else None
+
+
+# In order --------------------------------------------------------------------------------------
+#
+# MLX evaluates what nothing waits for last of all. The values of the losses, and the gradients of
+# scales, are small and made of large arrays (logits, the rows of a layer): they come first, and the
+# backward pass goes on when they are there.
+
+
+_known: Any = Node(lambda losses: losses)
+_known.vjp(lambda losses, cotangent, _: after([cotangent], [losses])[0])
 
 
 # The nodes -------------------------------------------------------------------------------------
@@ -226,9 +260,7 @@ class _Nodes:
         parameter = _recorded(self.depth, self.index)
         dx = (cotangent * weight).astype(x.dtype)
         if parameter is not None:
-            terms = cotangent.astype(mx.float32) * x.astype(mx.float32)
-            parameter.add(mx.sum(_rows(terms, 1), axis=1).astype(weight.dtype))
-            return [dx, weight, seed]
+            return [parameter.add_scale(x, cotangent, dx), weight, seed]
         dweight = mx.sum(_rows(cotangent * x, 0), axis=0).astype(weight.dtype)
         return [dx, dweight, mx.zeros_like(seed)]
 
@@ -240,10 +272,8 @@ class _Nodes:
             x, weight, seed = primals
             parameter = _recorded(self.depth, self.index)
             if parameter is not None:
-                terms = cotangent.astype(mx.float32) * fused(x, None).astype(mx.float32)
-                parameter.add(mx.sum(_rows(terms, 1), axis=1).astype(weight.dtype))
-                dx = native.vjp(lambda x: fused(x, weight), [x], [cotangent])[1]
-                return [*dx, weight, seed]
+                (dx,) = native.vjp(lambda x: fused(x, weight), [x], [cotangent])[1]
+                return [parameter.add_scale(fused(x, None), cotangent, dx), weight, seed]
             return [*native.vjp(fused, [x, weight], [cotangent])[1], mx.zeros_like(seed)]
 
         def vjp_of_copy(primals: Arrays, cotangents: Arrays, _: Any) -> list[mx.array]:

@@ -25,13 +25,12 @@ keeps log z + t in place of the two: in float32 that loses z where every key is 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..core.primitive import Node
+from ..core.opaque import after
 from . import _devices
 from .attention_plain import FLOOR
 
@@ -200,36 +199,6 @@ def _join(blocks: list[mx.array], axis: int) -> mx.array:
     return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=axis)
 
 
-# In order --------------------------------------------------------------------------------------
-
-
-def _after(waiting: list[mx.array], others: list[mx.array]) -> list[mx.array]:
-    """`waiting`, evaluated when `others` are: `mx.depends`, with a batching rule."""
-    return _waiting(len(waiting))(*waiting, *others) if others else waiting
-
-
-@functools.lru_cache(maxsize=8)
-def _waiting(count: int) -> Callable[..., list[mx.array]]:
-    def vjp(primals: Any, cotangents: Any, outputs: Any) -> list[mx.array]:
-        return [*cotangents, *(mx.zeros_like(x) for x in primals[count:])]
-
-    def vmap(arrays: Any, axes: Any) -> tuple[list[mx.array], list[int | None]]:
-        size = next(x.shape[a] for x, a in zip(arrays, axes) if a is not None)
-        xs = [
-            x if a is not None else mx.broadcast_to(x, (size, *x.shape))
-            for x, a in zip(arrays, axes)
-        ][:count]
-        return _after(xs, list(arrays[count:])), [a or 0 for a in axes[:count]]
-
-    node: Any = Node(lambda *xs: list(xs[:count]))
-    node.vjp(vjp)
-    node.vmap(vmap)
-    node.jvp(lambda primals, tangents: [
-        mx.zeros_like(x) if t is None else t for x, t in zip(primals[:count], tangents)
-    ])  # fmt: skip
-    return node
-
-
 # The passes ------------------------------------------------------------------------------------
 
 
@@ -246,7 +215,7 @@ def forward(*arrays: mx.array, **static: Any) -> list[mx.array]:
                 total = mx.ones_like(top)
             done = outs[-1:]
             for keys in call.keys(rows):
-                (q_,) = _after([q], done)
+                (q_,) = after([q], done)
                 s = call.scores(q_, part, rows, keys)
                 # The floor, so that in a block of nothing but -inf all weights are zero.
                 best = mx.maximum(mx.max(s, axis=-1, keepdims=True), call.floor)
@@ -359,7 +328,7 @@ class _Backward(_Call):
     ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         """q and dO / z, which waited for `done`; e and dS of a block."""
         *waiting, d, t = of_rows
-        q, c, seen = _after(list(waiting), done)
+        q, c, seen = after(list(waiting), done)
         e = mx.exp(self.scores(q, part, rows, keys) - t)
         return q, c, e, e * (seen @ mx.swapaxes(self.of_keys(self.v, part, keys), -1, -2) - d)
 
