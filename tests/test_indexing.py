@@ -293,3 +293,27 @@ def test_second_derivatives_of_updates_at_a_mask():
         reference=_by_product,
         modes=["vmap(jvp(grad))"],
     )
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x, i: x[0],
+        lambda x, i: x[i],
+        lambda x, i: x[mx.array([[0], [1]])],
+        lambda x, i: mx.take(x, i, axis=0),
+    ],
+)
+def test_an_index_of_an_array_without_entries_has_a_gradient(read: Any):
+    """MLX's dies of a division by zero."""
+
+    def total(x: mx.array, i: mx.array) -> mx.array:
+        return mx.square(read(x, i)).sum()
+
+    x, i = mx.zeros((2, 0)), mx.array([1, 0])
+    assert grad(total)(x, i).shape == (2, 0)
+    assert grad(lambda x: grad(total)(x, i).sum())(x).shape == (2, 0)
+    assert vmap(grad(total), (None, 0))(x, i).shape == (2, 2, 0)
+    assert vmap(grad(total), (0, None))(mx.zeros((3, 2, 0)), i).shape == (3, 2, 0)
+    assert grad(lambda x: vmap(total, (None, 0))(x, i).sum())(x).shape == (2, 0)
+    assert jvp(grad(lambda x: total(x, i)), [x], [x])[1][0].shape == (2, 0)
