@@ -34,5 +34,7 @@ if hasattr(mx, "searchsorted"):
     from . import searching as searching
 if MLX < (0, 32, 4):
     from . import sorting as sorting
+else:
+    from . import partitions as partitions
 if MLX < (0, 32, 0):
     from . import plain_0_31 as plain_0_31
