@@ -56,7 +56,7 @@ def __getitem__(x: mx.array, key: Any) -> mx.array:
 
 
 def _constant_if_empty(x: mx.array) -> mx.array:
-    """`x`, without a derivative if it has no entries: MLX divides by their number as it scatters."""
+    """`x`, without a derivative if it has no entries: a scatter divides by their number."""
     return x if x.size else mx.stop_gradient(x)
 
 

@@ -122,10 +122,11 @@ class Builder:
         if found is not None and not self.chance(3):
             return found
         shape = [1 if self.chance(4) else n for n in x.shape][self.number(0, x.ndim) :]
-        return self.argument(kind, tuple(shape), str(x.dtype).removeprefix("mlx.core."))
+        return self.argument(kind, tuple(shape), self.dtype(name))
 
     def dtype(self, name: str) -> str:
-        return str(self.arrays[name].dtype).removeprefix("mlx.core.")
+        dtype = self.arrays[name].dtype
+        return "bool_" if dtype == mx.bool_ else str(dtype).removeprefix("mlx.core.")
 
     # Lines
 

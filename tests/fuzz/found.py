@@ -17,7 +17,7 @@ INPUTS = [
     ("normal", (1, 2, 2, 1), "float32"),
     ("normal", (1, 3, 3, 1), "float32"),
 ]
-PRECISION, CALLS = 0.0002, 1
+ROUNDOFF, CALLS = 2**-24, 1
 """,
     "a view of what is strided": """
 def program(t):
@@ -30,7 +30,7 @@ def program(t):
 
 
 INPUTS = [("normal", (2, 2, 2, 2), "float32"), ("integers", (), "int32")]
-PRECISION, CALLS = 0.0002, 1
+ROUNDOFF, CALLS = 2**-24, 1
 """,
     "the gradient of nothing taken along an axis": """
 def program(t):
@@ -43,7 +43,7 @@ def program(t):
 
 
 INPUTS = [("normal", (0, 2), "float32"), ("integers", (2, 0, 1), "int32")]
-PRECISION, CALLS = 0.0002, 1
+ROUNDOFF, CALLS = 2**-24, 1
 """,
     "a primitive with an argument that is called axes, at a later trace": """
 def program(t):
@@ -61,7 +61,7 @@ INPUTS = [
     ("integers", (2, 1), "int32"),
     ("normal", (2, 1), "float32"),
 ]
-PRECISION, CALLS = 0.0002, 1
+ROUNDOFF, CALLS = 2**-24, 1
 """,
     "an assignment to nothing, beside an array": """
 def program(t):
@@ -78,7 +78,7 @@ INPUTS = [
     ("integers", (), "int32"),
     ("normal", (0, 2), "float32"),
 ]
-PRECISION, CALLS = 0.0002, 1
+ROUNDOFF, CALLS = 2**-24, 1
 """,
     "the cotangent of a trace, mapped over its last axis": """
 def program(t):
@@ -92,7 +92,7 @@ def program(t):
 
 
 INPUTS = [("normal", (2, 2, 2), "float32"), ("normal", (2, 2), "float32")]
-PRECISION, CALLS = 0.0002, 1
+ROUNDOFF, CALLS = 2**-24, 1
 """,
     "a scan of one entry, whose argument is written to": """
 def program(t):
@@ -106,7 +106,7 @@ def program(t):
 
 
 INPUTS = [("normal", (2, 2, 1), "float32")]
-PRECISION, CALLS = 0.0002, 2
+ROUNDOFF, CALLS = 2**-24, 2
 """,
     "the place of the largest of all entries, with its axes": """
 def program(t):
@@ -119,6 +119,56 @@ def program(t):
 
 
 INPUTS = [("normal", (2, 3, 3, 4, 2), "float32")]
-PRECISION, CALLS = 0.0002, 1
+ROUNDOFF, CALLS = 2**-24, 1
+""",
+    "a partition of rows that share memory": """
+def program(t):
+    def f(a, b):
+        low = mx.partition(a, 2)[:2]
+        high = mx.topk(a, 2)
+        return [b * 1, mx.sort(low), mx.sort(high)]
+
+    g = t.checkpoint(f)
+    g = t.value_and_grad(g, [0])
+    g = t.vmap(g, (None, 0), [0, 0])
+    return g
+
+
+INPUTS = [("normal", (4,), "float32"), ("integers", (2,), "int32")]
+ROUNDOFF, CALLS = 2**-24, 1
+""",
+    "an update of every entry, of two equals": """
+def program(t):
+    def f(a, b):
+        return [a.at[:].maximum(a), b * 1]
+
+    g = t.vmap(f, (None, 0), [0, 0])
+    g = t.value_and_grad(g, [0])
+    return g
+
+
+INPUTS = [("normal", (2, 2), "float32"), ("normal", (2,), "float32")]
+ROUNDOFF, CALLS = 2**-24, 1
+""",
+    "a second derivative of a broadcast, mapped over its last axis": """
+def program(t):
+    def f(a, b):
+        return [a * b]
+
+    g = t.vmap(f, (0, 0), [0])
+    g = t.vjp(g, [1], 1)
+    g = t.vjp(g, [2], 2)
+    g = t.vmap(g, (None, None, None, None, 1), [0, 0, 0])
+    return g
+
+
+INPUTS = [
+    ("normal", (2, 2, 2, 1), "float32"),
+    ("normal", (2,), "float32"),
+    ("normal", (2, 2, 2, 1), "float32"),
+    ("normal", (2, 2, 2, 1), "float32"),
+    ("normal", (2, 2), "float32"),
+]
+ROUNDOFF, CALLS = 2**-24, 1
 """,
 }

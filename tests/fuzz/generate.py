@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from . import control_flow as control_flow
 from . import convolutions as convolutions
+from . import listed as listed
 from . import more_operations as more_operations
 from . import places as places
 from .builder import Argument, Builder, Unfit, is_floating
@@ -19,7 +20,7 @@ from .operations import OPERATIONS
 
 PRELUDE = Path(__file__).with_name("prelude.py")
 KINDS = ("vmap", "vmap", "grad", "vjp", "jvp", "compile", "checkpoint", "vmap")
-EPSILON = {"float16": 3e-2, "bfloat16": 1e-1}
+ROUNDOFF = {"bfloat16": 8, "float16": 11}  # 2 to the power of minus this; of float32, 24
 Kind = tuple[tuple[int, ...], str]  # of an output: shape and dtype
 
 
@@ -59,17 +60,17 @@ def programs(
         stack.push(kind)
     if not stack.levels:
         stack.levels.append("t.compile(f)")
-    dtypes = {d for d in EPSILON if any(d in text for text in (*body, *map(str, stack.arguments)))}
+    texts = (*body, *map(str, stack.arguments))
+    roundoff = next((r for d, r in ROUNDOFF.items() if any(d in text for text in texts)), 24)
     head = f"    def f({', '.join(arguments)}):\n"
     lines = "".join(f"        {line}\n" for text in body for line in text.splitlines())
     end = f"        return [{', '.join(outputs)}]\n\n"
     levels = "".join(f"    g = {level}\n" for level in stack.levels)
     calls = 2 if "compile" in levels or "mx.compile" in lines else 1
-    precision = max([2e-4, *(EPSILON[d] for d in dtypes)])
     kinds = "".join(f"    {tuple(a)!r},\n" for a in stack.arguments)
     return (
         f"def program(t):\n{head}{lines}{end}{levels}    return g\n\n\nINPUTS = [\n{kinds}]\n"
-        f"PRECISION, CALLS = {precision}, {calls}\n"
+        f"ROUNDOFF, CALLS = 2**-{roundoff}, {calls}\n"
     )
 
 
@@ -78,7 +79,7 @@ def whole(program: str) -> str:
     return (
         PRELUDE.read_text() + "\n\n# The program\n\n\n" + program + "\n"
         'if __name__ == "__main__":\n'
-        "    print(compare(program, INPUTS, precision=PRECISION, calls=CALLS) or 'as the loop')\n"
+        "    print(compare(program, INPUTS, roundoff=ROUNDOFF, calls=CALLS) or 'as the loop')\n"
     )
 
 

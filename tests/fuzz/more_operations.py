@@ -192,4 +192,4 @@ def repeated(b: Builder):
 @operation("control")
 def branch(b: Builder):
     x = b.some(is_floating) or b.floating()
-    b.let(f"mx.sin({x}) if {x}.ndim > 1 and {x}.dtype == mx.float32 else {x} * 2")
+    b.let(f"mx.sin({x}) if {x}.ndim > 1 and {x}.dtype != mx.int32 else {x} * 2")

@@ -113,7 +113,8 @@ def selection(b: Builder):
     x = b.floating()
     condition = b.some(lambda c: c.dtype.size == 1 and c.shape == b.arrays[x].shape)
     condition = condition or b.partner(x, "booleans")
-    b.let(f"mx.where({condition}.astype(mx.bool_), {x}, {b.partner(x)})")
+    # Not as a cast, to which MLX's second derivatives give a slope of one (docs/mlx-issues.md).
+    b.let(f"mx.where({condition} != 0, {x}, {b.partner(x)})")
 
 
 @operation("elementwise", 2)
@@ -169,7 +170,9 @@ def mixed_dtypes(b: Builder):
 def cast(b: Builder):
     x = b.some(lambda _: True) or b.floating()
     dtype = b.choose(["float32", "float16", "bfloat16", "int32", "bool_", "uint8", "int64"])
-    b.let(f"{x}.astype(mx.{dtype})")
+    # What MLX's derivative makes of a float that becomes an integer is a slope of one.
+    ends = is_floating(b.arrays[x]) and "float" not in dtype
+    b.let(f"mx.stop_gradient({x}).astype(mx.{dtype})" if ends else f"{x}.astype(mx.{dtype})")
 
 
 @operation("elementwise")

@@ -37,7 +37,7 @@ class Search:
         self,
         families: Collection[str] = (),
         depth: int = 4,
-        limit: float = 20,
+        limit: float = 60,
         kinds: Sequence[str] = KINDS,
         may_hang: bool = True,
     ) -> None:

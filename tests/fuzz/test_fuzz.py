@@ -11,7 +11,7 @@ from fuzz.found import PROGRAMS
 from fuzz.generate import KINDS, whole
 from fuzz.operations import OPERATIONS
 from fuzz.search import Search
-from fuzz.worker import Worker
+from fuzz.worker import Verdict, Worker
 from mlxshim.core.versions import MLX
 
 WRONG = """
@@ -23,7 +23,7 @@ def program(t):
 
 
 INPUTS = [("normal", (2, 3), "float32")]
-PRECISION, CALLS = 2e-4, 1
+ROUNDOFF, CALLS = 2**-24, 1
 """
 
 
@@ -74,9 +74,52 @@ def test_a_death_and_a_hang_are_failures(body: str, said: str):
     worker.close()
 
 
+def judged(body: str, kind: str, shape: tuple[int, ...], dtype: str, bits: int) -> Verdict:
+    """A program whose function, of `a` and of whether it is `ours`, returns `body`."""
+    worker = Worker()
+    verdict = worker.run(f"""
+def program(t):
+    def f(a):
+        ours = t.__name__ == "Ours"
+        return [{body}]
+
+    return t.vmap(f, (0,), [0])
+
+
+INPUTS = [({kind!r}, {shape}, {dtype!r})]
+ROUNDOFF, CALLS = 2**-{bits}, 1
+""")
+    worker.close()
+    return verdict
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "factor"),
+    [("float32", 24, 1.00001), ("float16", 11, 1.05), ("bfloat16", 8, 1.2)],
+)
+def test_what_rounding_does_not_explain_is_found(dtype: str, bits: int, factor: float):
+    body = f"0.5 * a * ({factor} if ours else 1.0)"
+    verdict = judged(body, "positive", (2, 3), dtype, bits)
+    assert verdict.failure.startswith("output 0 differs")
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("float32", 24), ("float16", 11), ("bfloat16", 8)])
+def test_the_order_of_a_sum_that_cancels_is_rounding(dtype: str, bits: int):
+    zero = "mx.sum(mx.concatenate([a, -a]{}))"
+    body = f"{zero.format('[::-1]')} if ours else {zero.format('')}"
+    pieces = "sum(mx.sum(p) for p in mx.split(a if ours else a[::-1], 40))"
+    for compared in (body, f"{pieces} - mx.sum(a)"):
+        assert not judged(compared, "normal", (2, 200), dtype, bits).failure
+
+
+def test_integers_are_compared_to_the_last_bit():
+    body = "a + mx.array(1 if ours else 0, mx.uint32)"
+    assert judged(body, "bits", (2, 3), "uint32", 24).failure.startswith("output 0 differs by 1")
+
+
 def test_rounding_that_a_program_makes_large_is_no_case():
     body = "return [mx.floor(1e7 * a * (1.0 if t.__name__ == 'Ours' else 1.0 + 6e-8)) % 2]"
     worker = Worker()
     verdict = worker.run(WRONG.replace("return [a", body + "\n        return [a"))
     worker.close()
-    assert verdict.no_case.startswith("no case: output 0 differs")
+    assert verdict.no_case == "no case: rounding is as large as the values"
