@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+
 import mlx.core as mx
 import pytest
 from libraries import jax_library
 
 from mlxshim.core import interception, levels
+
+
+def pytest_terminal_summary(terminalreporter):
+    on_cpu = mx.default_device().type == mx.cpu
+    if sys.platform == "linux" and on_cpu and not shutil.which("g++"):
+        terminalreporter.line(
+            "There is no g++, without which mx.compile compiles nothing on a CPU."
+        )
 
 
 @pytest.fixture(autouse=True)
