@@ -21,3 +21,11 @@ def discrete(index: Any) -> Any:
     if kind is tuple and any(type(k) is mx.array for k in index):
         return tuple(map(discrete, index))
     return index
+
+
+def constant_if_empty(x: mx.array) -> mx.array:
+    """What is gathered from, without a derivative if it has no entries.
+
+    On the CPU MLX's scatter, which is the derivative, divides by their number: the process dies.
+    """
+    return x if x.size else mx.stop_gradient(x)

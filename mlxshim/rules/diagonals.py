@@ -16,16 +16,17 @@ import mlx.core as mx
 from ..core import levels
 from ..core.fronted import fronted
 from ..core.interception import intercept, original
+from ._discrete import constant_if_empty
 
 
 def _diagonal(owner: Any) -> None:
     @intercept(owner, "diagonal")
     def diagonal(a: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        return fronted(original(owner, "diagonal")(a, *args, **kwargs))
+        return fronted(original(owner, "diagonal")(constant_if_empty(a), *args, **kwargs))
 
     @intercept(owner, "diag")
     def diag(a: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        out = original(owner, "diag")(a, *args, **kwargs)
+        out = original(owner, "diag")(constant_if_empty(a), *args, **kwargs)
         return fronted(out) if a.ndim == 2 else out
 
 
@@ -44,6 +45,7 @@ def trace(
     *,
     stream: Any = None,
 ) -> mx.array:
+    a = constant_if_empty(a)
     out = original(mx, "trace")(a, offset, axis1, axis2, dtype, stream=stream)
     if "vmap" not in levels.active():
         return out

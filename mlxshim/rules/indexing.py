@@ -26,7 +26,7 @@ from ..core.fronted import fronted
 from ..core.interception import intercept, original
 from ..core.versions import MLX, TWO_TANGENTS_BUG
 from ._devices import within
-from ._discrete import discrete
+from ._discrete import constant_if_empty, discrete
 from ._one_entry import ONE_ENTRY_BUG, plain_steps
 from ._tracers import is_tracer
 from .windows import Window, become, is_whole, of_all, read, reads_itself, write
@@ -37,7 +37,7 @@ from .windows import Window, become, is_whole, of_all, read, reads_itself, write
 @intercept(mx.array, "__getitem__")
 def __getitem__(x: mx.array, key: Any) -> mx.array:
     raw = original(mx.array, "__getitem__")
-    x = _constant_if_empty(x)
+    x = constant_if_empty(x)
     if ONE_ENTRY_BUG:
         key = plain_steps(x, key)
         if reads_itself():
@@ -53,11 +53,6 @@ def __getitem__(x: mx.array, key: Any) -> mx.array:
     if kind is tuple or kind is int:
         return _read(x, key, raw)
     return fronted(raw(x, _widened(key)))
-
-
-def _constant_if_empty(x: mx.array) -> mx.array:
-    """`x`, without a derivative if it has no entries: a scatter divides by their number."""
-    return x if x.size else mx.stop_gradient(x)
 
 
 def _read_itself(x: mx.array, key: Any) -> mx.array | None:
@@ -119,7 +114,7 @@ def _widened(index: Any) -> Any:
 @intercept(mx, "take")
 def take(x: mx.array, indices: Any, axis: int | None = None, *, stream: Any = None) -> mx.array:
     raw = original(mx, "take")
-    x = _constant_if_empty(x)
+    x = constant_if_empty(x)
     if type(indices) is int and reads_itself():
         if axis is None:
             x, axis = mx.reshape(x, (-1,)), 0
