@@ -20,3 +20,8 @@ def promoted(*arrays: mx.array) -> mx.Dtype | None:
     if len(floating) < 2:
         return next(iter(floating), None)
     return mx.float64 if mx.float64 in floating else mx.float32
+
+
+def cast(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """`x.astype(dtype)`, which inside a transform is not free where it does nothing."""
+    return x if x.dtype == dtype else x.astype(dtype)

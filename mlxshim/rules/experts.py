@@ -33,9 +33,11 @@ import mlx.core as mx
 from ..core import levels
 from ..core.interception import intercept, original
 from ._discrete import discrete
+from ._dtypes import cast
 from ._folding import on_stream
 from ._gathered import bind_gather, has_wrong_derivative
 from ._matrices import count_of
+from ._plans import planned
 from ._tracers import is_tracer
 from .quantization import parameters
 from .quantized import quantized_matmul
@@ -61,9 +63,9 @@ def gather_mm(
         return out
     x = mx.expand_dims(a, 0) if a.ndim == 1 else a
     w = mx.expand_dims(b, 1) if b.ndim == 1 else b
-    arrays = [x.astype(out.dtype), w.astype(out.dtype)]
+    arrays = [cast(x, out.dtype), cast(w, out.dtype)]
     static = {"op": "gather_mm", "parts": 1, "transpose": False, "quantization": ()}
-    y = _gather(arrays, lhs_indices, rhs_indices, [], sorted_indices, static, stream)
+    y, _ = _gather(arrays, lhs_indices, rhs_indices, [], sorted_indices, static, stream)
     return mx.reshape(y, out.shape) if y.ndim != out.ndim else y
 
 
@@ -93,21 +95,28 @@ def gather_qmm(
         )
     quantization = (group_size, bits, mode)
     indices: tuple[Any, Any] = discrete((lhs_indices, rhs_indices))
-    out = original(mx, "gather_qmm")(
-        *(x, w, scales, biases, *indices, transpose, *quantization),
-        sorted_indices=sorted_indices,
-        stream=stream,
-        **newer,
-    )
-    if no_indices or not _is_ours(out):
-        return out
-    weight = [w, scales] if biases is None else [w, scales, biases]
-    if mode == "affine":
-        weight[1:] = [p.astype(out.dtype) for p in weight[1:]]
-    static = {"op": "gather_qmm", "parts": len(weight), "transpose": transpose}
-    static["quantization"] = _quantization(mode, group_size, bits)
-    arrays = [x.astype(out.dtype), *weight]
-    return _gather(arrays, *indices, list(newer.values()), sorted_indices, static, stream)
+
+    def call() -> tuple[mx.array, list[mx.array]]:
+        out = original(mx, "gather_qmm")(
+            *(x, w, scales, biases, *indices, transpose, *quantization),
+            sorted_indices=sorted_indices,
+            stream=stream,
+            **newer,
+        )
+        if no_indices or not _is_ours(out):
+            return out, []
+        weight = [w, scales] if biases is None else [w, scales, biases]
+        if mode == "affine":
+            weight[1:] = [cast(p, out.dtype) for p in weight[1:]]
+        static = {"op": "gather_qmm", "parts": len(weight), "transpose": transpose}
+        static["quantization"] = _quantization(mode, group_size, bits)
+        arrays = [cast(x, out.dtype), *weight]
+        return _gather(arrays, *indices, list(newer.values()), sorted_indices, static, stream)
+
+    given = [p for p in (x, w, scales, biases, *indices, global_scale) if p is not None]
+    there = (biases is None, lhs_indices is None, rhs_indices is None)
+    words = ("gather_qmm", transpose, *quantization, sorted_indices, *there)
+    return planned(words, given, stream, call)
 
 
 def gather_qqmm(
@@ -139,7 +148,7 @@ def gather_qqmm(
     static = {"op": "gather_qqmm", "parts": len(weight), "transpose": True}
     static["quantization"] = _quantization(mode, group_size, bits)
     scalars = [p for p in pair if p is not None]
-    return _gather([x, *weight], *indices, scalars, sorted_indices, static, stream)
+    return _gather([x, *weight], *indices, scalars, sorted_indices, static, stream)[0]
 
 
 if hasattr(mx, "gather_qqmm"):  # since 0.32
@@ -162,10 +171,12 @@ def _gather(
     sorted_indices: bool,
     static: dict[str, Any],
     stream: Any,
-) -> mx.array:
+) -> tuple[mx.array, list[mx.array]]:
+    """The product, and the arrays that the primitive was bound to."""
     static["has_lhs"], static["has_rhs"] = lhs is not None, rhs is not None
     # Sorted indices help kernels that meet the rows of x one to one; those of x help none.
     matched = lhs is None and rhs is not None and count_of(arrays[0]) == rhs.size
     static["ordered"] = sorted_indices and matched
-    indices = [i.astype(mx.uint32) for i in (lhs, rhs) if i is not None]
-    return on_stream(stream, bind_gather, *arrays, *indices, *scalars, **static)[0]
+    indices = [cast(i, mx.uint32) for i in (lhs, rhs) if i is not None]
+    bound = [*arrays, *indices, *scalars]
+    return on_stream(stream, bind_gather, *bound, **static)[0], bound

@@ -32,6 +32,7 @@ from ..core.primitive import Arrays, Axes, Primitive
 from . import _devices
 from ._constants import constant
 from ._folding import front
+from ._plans import planned
 
 # The calls -------------------------------------------------------------------------------------
 
@@ -64,14 +65,18 @@ def _bind(
     if stream is not None:
         with mx.stream(stream):
             return _bind(name, x, weight, bias, eps, None)
-    arrays = [a for a in (x, weight, bias) if a is not None]
-    form = {"name": name, "weighted": weight is not None, "eps": eps}
-    if any(a.dtype != x.dtype for a in arrays):
-        # MLX casts to what it will return, before anything else.
-        dtype = _fused(*arrays, **form)[0].dtype
-        arrays = [a.astype(dtype) for a in arrays]
-    bind = norm if "vmap" in levels.active() else norm.differentiable
-    return bind(*arrays, **form)[0]
+    given = [a for a in (x, weight, bias) if a is not None]
+
+    def call() -> tuple[mx.array, list[mx.array]]:
+        arrays, form = given, {"name": name, "weighted": weight is not None, "eps": eps}
+        if any(a.dtype != x.dtype for a in arrays):
+            # MLX casts to what it will return, before anything else.
+            dtype = _fused(*arrays, **form)[0].dtype
+            arrays = [a.astype(dtype) for a in arrays]
+        bind = norm if "vmap" in levels.active() else norm.differentiable
+        return bind(*arrays, **form)[0], arrays
+
+    return planned((name, weight is None, eps), given, stream, call)
 
 
 def _has_tail(x: mx.array) -> bool:

@@ -30,6 +30,7 @@ import mlx.core as mx
 
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
+from ._dtypes import cast
 from ._folding import (
     broadcast_shape,
     front,
@@ -40,6 +41,7 @@ from ._folding import (
     sum_to,
 )
 from ._mlx_0_31 import matmul
+from ._plans import planned
 from .quantization import affine_gradients, dequantized, parameters
 
 
@@ -57,19 +59,25 @@ def quantized_matmul(
     *,
     stream: Any = None,
 ) -> mx.array:
-    # MLX's own call checks the arguments; where nothing is traced it is the answer.
-    out = original(mx, "quantized_matmul")(
-        x, w, scales, biases, transpose, group_size, bits, mode, stream=stream
-    )
-    weight = [w, scales] if biases is None else [w, scales, biases]
-    # MLX reads the first matrix only of several that meet fewer dimensions of x: not ours to serve.
-    plain = all(p.ndim == w.ndim for p in weight) and (w.ndim == 2 or x.ndim > 2)
-    if not plain or not may_be_mapped(out):
-        return out
-    if mode == "affine":
-        x, weight = x.astype(out.dtype), [w, *(p.astype(out.dtype) for p in weight[1:])]
-    static = {"transpose": transpose, **parameters(mode, group_size, bits)}
-    return on_stream(stream, qmm, x, *weight, **static)[0]
+    form = (transpose, group_size, bits, mode)
+    given = [x, w, scales] if biases is None else [x, w, scales, biases]
+
+    def call() -> tuple[mx.array, list[mx.array]]:
+        # MLX's own call checks the arguments; where nothing is traced it is the answer.
+        out = original(mx, "quantized_matmul")(x, w, scales, biases, *form, stream=stream)
+        weight = given[1:]
+        # MLX reads the first matrix only of several that meet fewer dimensions of x: not ours to
+        # serve.
+        plain = all(p.ndim == w.ndim for p in weight) and (w.ndim == 2 or x.ndim > 2)
+        if not plain or not may_be_mapped(out):
+            return out, []
+        arrays = [x, *weight]
+        if mode == "affine":
+            arrays = [p if p is w else cast(p, out.dtype) for p in arrays]
+        static = {"transpose": transpose, **parameters(mode, group_size, bits)}
+        return on_stream(stream, qmm, *arrays, **static)[0], arrays
+
+    return planned(("quantized_matmul", *form), given, stream, call)
 
 
 def _qmm_decomposed(
