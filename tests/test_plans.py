@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import mlx.core as mx
 import pytest
 
 import mlxshim
 from mlxshim.core.primitive import Primitive
 from mlxshim.rules import _devices, attention
+from mlxshim.testing import loop
 
 CALLS = 6
 
@@ -218,3 +221,45 @@ def test_a_call_in_other_words_is_another_call(monkeypatch):
         want = mx.grad(by_loop)(q)
         assert mx.allclose(got, want, rtol=5e-2, atol=5e-2), words
     assert any(told) and not all(told)
+
+
+def _quantized(x, w, s, i, turn):
+    return mx.quantized_matmul(x, w[0], s[0], turn * s[0], group_size=32)
+
+
+def _of_other_form(x, w, s, i, turn):
+    part = x[..., :5] if turn % 2 else x
+    return mx.quantized_matmul(part, w[0], s[0], s[0], turn % 2 == 0, group_size=32)
+
+
+def _gathered(x, w, s, i, turn):
+    biases = s if turn % 2 else 2 * s
+    return mx.gather_qmm(x, w, s, biases, rhs_indices=i, group_size=32)
+
+
+def _either_side(x, w, s, i, turn):
+    given = {"lhs_indices" if turn % 2 else "rhs_indices": i % 2}
+    return mx.gather_qmm(mx.stack([x, 2 * x]), w[:2], s[:2], s[:2], **given, group_size=32)
+
+
+def _norms(x, w, s, i, turn):
+    y = mx.fast.rms_norm(x, None if turn % 2 else x[0], 0.1 * (1 + turn))
+    return mx.fast.layer_norm(y, x[1], None, 1e-3) + mx.fast.layer_norm(y, None, x[1], 1e-3)
+
+
+@pytest.mark.parametrize("fun", [_quantized, _of_other_form, _gathered, _either_side, _norms])
+@pytest.mark.parametrize(
+    "place", [(0, None, None, None), (0, 0, 0, 0), (None, 0, None, None)], ids=str
+)
+def test_calls_that_are_known_are_those_that_are_asked_for(fun, place, monkeypatch):
+    monkeypatch.setattr(_devices, "gpu", lambda stream=None: True)  # else norms are MLX's own
+    packed = mx.random.randint(0, 2**31 - 1, (3, 4, 5, 8)).astype(mx.uint32)
+    arrays = [mx.random.normal((3, 2, 64)), packed, mx.random.normal((3, 4, 5, 2))]
+    arrays.append(mx.random.randint(0, 4, (3, 2)).astype(mx.uint32))
+    arrays = [x if axis == 0 else x[0] for x, axis in zip(arrays, place)]
+    turn = 0
+    mapped = mlxshim.vmap(lambda *xs: fun(*xs, turn), in_axes=place)
+    for turn in (0, 0, 0, 0, 0, 1, 2, 0, 3):
+        got = mapped(*arrays)
+        want = loop(functools.partial(fun, turn=turn), place)(*arrays)
+        assert close(got, want), turn
