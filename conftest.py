@@ -1,4 +1,4 @@
-"""What only an old MLX imports is collected there only."""
+"""What only some versions of MLX import is collected there only."""
 
 import os
 
@@ -10,7 +10,6 @@ import mlx.core as mx
 from mlxshim.core.versions import MLX
 
 collect_ignore = ["mlxshim/rules/plain_0_31.py"] if MLX >= (0, 32, 0) else []
-if MLX >= (0, 32, 4):
-    collect_ignore.append("mlxshim/rules/sorting.py")
+collect_ignore.append(f"mlxshim/rules/{'sorting' if MLX >= (0, 32, 4) else 'partitions'}.py")
 if not hasattr(mx, "searchsorted"):
     collect_ignore.append("mlxshim/rules/searching.py")
