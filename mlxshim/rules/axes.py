@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..core import levels
+from ..core.fronted import fronted
 from ..core.interception import intercept, original
 from ..core.versions import MLX
 from .complex import lengths, refuse_reverse
@@ -152,6 +153,13 @@ if hasattr(mx, "matrix_norm"):
 _ELSEWHERE = ({"logsumexp"} if MLX < (0, 32, 0) else set()) | (
     {"median"} if MLX < (0, 32, 4) else set()
 )
+
+
+@intercept(mx, "einsum")
+def einsum(*operands: Any, **options: Any) -> mx.array:
+    """What it sums it squeezes at once: the mapped axis of its cotangent must come first."""
+    return fronted(original(mx, "einsum")(*operands, **options))
+
 
 _squeezing(mx)
 _squeezing(mx.array)

@@ -164,7 +164,9 @@ def _batch(
 
 
 def _vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays, **static: Any) -> list[mx.array]:
-    found = iter(masked_vjp(*primals, cotangents[0], **static))
+    # MLX's own second derivatives are wrong; those of the decomposition are not.
+    bind = masked_vjp if "vmap" in levels.active() else masked_vjp.differentiable
+    found = iter(bind(*primals, cotangents[0], **static))
     return [next(found) if x.dtype != mx.bool_ else mx.zeros_like(x) for x in primals]
 
 
@@ -191,7 +193,8 @@ def _vjp_batch(
     """All gradients are per sample, so each argument has the mapped axis."""
     full = [front(x, axis, size) for x, axis in zip(arrays, axes)]
     ndim = max(x.ndim for x in full)
-    grads = masked_vjp(*(pad_dims(x, ndim) for x in full), **static)
+    bind = masked_vjp if "vmap" in levels.active() else masked_vjp.differentiable
+    grads = bind(*(pad_dims(x, ndim) for x in full), **static)
     floating = [x for x in full[:-1] if x.dtype != mx.bool_]
     return [mx.reshape(g, x.shape) for g, x in zip(grads, floating)], [0] * len(grads)
 

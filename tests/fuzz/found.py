@@ -171,4 +171,35 @@ INPUTS = [
 ]
 ROUNDOFF, CALLS = 2**-24, 1
 """,
+    "the cotangent of an einsum that sums, mapped over its last axis": """
+def program(t):
+    def f(a):
+        return [mx.einsum("bij->j", a)]
+
+    g = t.vjp(f, [0], 1)
+    g = t.vmap(g, (None, 1), [0, 0])
+    return g
+
+
+INPUTS = [("normal", (2, 3, 3), "float32"), ("normal", (3, 3), "float32")]
+ROUNDOFF, CALLS = 2**-24, 1
+""",
+    "a second derivative of a product with a mapped mask of truths": """
+def program(t):
+    def f(a, b, c):
+        return [mx.block_masked_mm(a, b, 32, None, c, None)]
+
+    g = t.vmap(f, (None, None, 0), [0])
+    g = t.value_and_grad(g, [0])
+    g = t.value_and_grad(g, [1])
+    return g
+
+
+INPUTS = [
+    ("normal", (2, 3), "float32"),
+    ("normal", (3, 4), "float32"),
+    ("booleans", (5, 1, 1), "bool_"),
+]
+ROUNDOFF, CALLS = 2**-24, 3
+""",
 }

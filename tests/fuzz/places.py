@@ -190,6 +190,9 @@ def at(b: Builder):
     u = _updates(b, x, places)
     if op == "divide" and u in b.arrays:
         u = f"(1 + mx.abs({u}))"
+    if op in ("maximum", "minimum") and any(c in places for c in "%[") and u in b.arrays:
+        # MLX's derivative takes a slice beside an array for one entry (docs/mlx-issues.md).
+        u = f"mx.stop_gradient({u})"
     b.let(f"{x}.at[{places}].{op}({u})")
 
 
