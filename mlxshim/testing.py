@@ -21,6 +21,7 @@ import mlxshim
 from mlxshim.core import native
 from mlxshim.core.versions import SELECT_JVP_BUG
 from mlxshim.extend import Operation
+from mlxshim.rules._dtypes import HALVES
 
 Fun = Callable[..., Any]
 
@@ -38,8 +39,6 @@ MODES = (
     "compile(vmap)",
     "vmap(compile)",
 )
-
-HALVES = (mx.float16, mx.bfloat16)
 
 #: Relative to the largest value of the result; in float32 a second derivative may lose more.
 TOLERANCE = {mx.float32: 2e-4, mx.float16: 2e-2, mx.bfloat16: 6e-2}

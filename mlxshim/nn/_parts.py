@@ -27,12 +27,11 @@ from typing import Any
 import mlx.core as mx
 
 from ..rules import _devices
+from ..rules._dtypes import HALVES
 from ._tape import Pair, Parameter
 
 #: What norms and weighted sums may hold at a time: this share of what the parts do, or these bytes.
 HELD_SHARE, HELD = 1 / 16, 32 * 2**20
-
-_HALF = (mx.float16, mx.bfloat16)
 
 
 class Run:
@@ -142,7 +141,7 @@ def squared_norm(parameter: Parameter, size: int, turns: _Turns) -> mx.array:
 
 def _bytes_by_rows(parameter: Parameter) -> int:
     rows = sum(c.shape[1] for _, c in parameter.pairs)
-    half = parameter.value.dtype in _HALF
+    half = parameter.value.dtype in HALVES
     cast = sum(2 * part.nbytes for pair in parameter.products for part in pair) if half else 0
     return 2 * 4 * parameter.size * rows**2 + cast
 
@@ -153,7 +152,7 @@ def _prefers_rows(parameter: Parameter) -> bool:
     products = sum(x.shape[1] for x, _ in parameter.products)
     lookups = sum(ids.shape[1] for ids, _ in parameter.lookups)
     # In half precision the products of rows are computed in float32, at half the speed.
-    half = 2 if parameter.value.dtype in _HALF else 1
+    half = 2 if parameter.value.dtype in HALVES else 1
     pairs = half * (
         products**2 * (inputs + outputs) + lookups**2 * inputs + 2 * products * lookups * inputs
     )
