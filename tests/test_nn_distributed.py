@@ -23,16 +23,21 @@ AS_ROOT = {
     for name in ("OMPI", "PRTE")
     for again in ("", "_CONFIRM")
 }
-LAUNCH = Path(sys.executable).parent / "mlx.launch"
+BESIDE = Path(sys.executable).parent / "mlx.launch"
+LAUNCH = str(BESIDE) if BESIDE.exists() else shutil.which("mlx.launch")
 
 
-@pytest.mark.parametrize("backend", ["ring", "mpi"])
+@pytest.mark.parametrize("backend", ["ring", "mpi", "nccl"])
 def test_the_sum_over_ranks_is_that_of_one_process(backend):
-    if not LAUNCH.exists():
-        pytest.skip("no mlx.launch beside this Python")
+    if LAUNCH is None:
+        pytest.skip("no mlx.launch")
     if backend == "mpi" and not (shutil.which("mpirun") and mx.distributed.is_available("mpi")):
         pytest.skip("no MPI")
-    command = [sys.executable, str(LAUNCH), "-n", "2", "--backend", backend]
+    if backend == "nccl" and not (
+        mx.distributed.is_available("nccl") and mx.device_count(mx.gpu) >= 2
+    ):
+        pytest.skip("NCCL wants a GPU for each process")
+    command = [sys.executable, LAUNCH, "-n", "2", "--backend", backend]
     # For MPI the launcher takes a program, for the others a script.
     command += [] if backend == "mpi" else ["--python"]
     done = subprocess.run(
@@ -43,7 +48,9 @@ def test_the_sum_over_ranks_is_that_of_one_process(backend):
         env={
             **os.environ,
             **AS_ROOT,
-            "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+            "PYTHONPATH": os.pathsep.join(
+                [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+            ),
         },
         check=False,
     )
