@@ -24,36 +24,49 @@ AS_ROOT = {
     for again in ("", "_CONFIRM")
 }
 BESIDE = Path(sys.executable).parent / "mlx.launch"
+AVAILABLE = "import mlx.core as mx; assert mx.distributed.is_available('mpi')"
 LAUNCH = str(BESIDE) if BESIDE.exists() else shutil.which("mlx.launch")
+
+
+def _run(command, env):
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=env, check=False
+    )
+
+
+def _environment(backend):
+    """What the processes need; None where the backend cannot be had."""
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, **AS_ROOT, "PYTHONPATH": path}
+    if backend == "nccl":
+        gpus = mx.device_count(mx.gpu) if mx.distributed.is_available("nccl") else 0
+        return env if gpus >= 2 else None
+    if backend == "mpi":
+        # The wheel of Open MPI puts it beside Python, where no library is looked for.
+        env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
+        mpirun = shutil.which("mpirun", path=env["PATH"])
+        if mpirun is None:
+            return None
+        libraries = [str(Path(mpirun).parent.parent / "lib"), env.get("LD_LIBRARY_PATH", "")]
+        env |= {"LD_LIBRARY_PATH": os.pathsep.join(libraries), "MLX_MPI_LIBNAME": "libmpi.so.40"}
+        text = _run([mpirun, "--version"], env).stdout
+        found = _run([sys.executable, "-c", AVAILABLE], env).returncode == 0
+        # mlx.launch uses options of Open MPI 5.
+        return env if found and "Open MPI) 5" in text else None
+    return env
 
 
 @pytest.mark.parametrize("backend", ["ring", "mpi", "nccl"])
 def test_the_sum_over_ranks_is_that_of_one_process(backend):
     if LAUNCH is None:
         pytest.skip("no mlx.launch")
-    if backend == "mpi" and not (shutil.which("mpirun") and mx.distributed.is_available("mpi")):
-        pytest.skip("no MPI")
-    if backend == "nccl" and not (
-        mx.distributed.is_available("nccl") and mx.device_count(mx.gpu) >= 2
-    ):
-        pytest.skip("NCCL wants a GPU for each process")
-    command = [sys.executable, LAUNCH, "-n", "2", "--backend", backend]
-    # For MPI the launcher takes a program, for the others a script.
-    command += [] if backend == "mpi" else ["--python"]
-    done = subprocess.run(
-        [*command, sys.executable, str(TESTS / "nn_ranks.py"), backend],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={
-            **os.environ,
-            **AS_ROOT,
-            "PYTHONPATH": os.pathsep.join(
-                [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
-            ),
-        },
-        check=False,
-    )
+    env = _environment(backend)
+    if env is None:
+        pytest.skip({"mpi": "no Open MPI 5", "nccl": "not a GPU for each process"}[backend])
+    # For MPI the launcher takes a program by its name, for the others a script.
+    python = [Path(sys.executable).name] if backend == "mpi" else ["--python", sys.executable]
+    launch = [sys.executable, LAUNCH, "-n", "2", "--backend", backend, *python]
+    done = _run([*launch, str(TESTS / "nn_ranks.py"), backend], env)
     text = done.stdout.replace("}{", "}\n{")
     rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     assert len(rows) == 12, done.stdout + done.stderr
