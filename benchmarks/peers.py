@@ -1,17 +1,20 @@
 """Peers in one run: mlxshim, `mx.vmap`, MLX by hand, a loop, `torch.func`, and JAX under jit.
 
-    python -m benchmarks.peers [--minutes 4] [--only NAME;...] [--json FILE] [--png FILE]
+    python -m benchmarks.peers [--minutes 3] [--only NAME;...] [--json FILE] [--png FILE]
 
 Attention (forward, gradient, Hessian product), a norm's gradient, the per-sample gradients of a
 12-layer grouped-query transformer and of a CNN, an ensemble of MLPs, Jacobians. In bfloat16 on a
 GPU where the task is a transformer's, else float32; on a CPU smaller, and one thread for each.
 
-Each contender runs in a process of its own, and in a new one after a crash. `alone` is the median
-of single calls, synchronised, and `best` the least of them, of which the ratios are; `piped` is a
-call's share of several that are waited for once. Memory is
-the peak above the inputs: as MLX's and PyTorch's allocators count it, and as XLA's compiler plans
-it. JAX is timed after compilation, which is reported as `first`. `error` compares a sketch of the
-results with the loop's. A framework that is not installed is said to be that.
+Each contender runs in a process of its own, and in a new one after a crash. The run is over after
+`--minutes`: no contender may take more than twice its share of what is left, nor a task more than
+`--patience`. Every result is in the file as soon as it is there.
+
+`alone` is the median of single calls, synchronised, and `best` the least of them, of which the
+ratios are; `piped` is a call's share of several that are waited for once. Memory is the peak above
+the inputs: as MLX's and PyTorch's allocators count it, and as XLA's compiler plans it. JAX is timed
+after compilation, which is reported as `first`. `error` compares a sketch of the results with the
+loop's. A framework that is not installed is said to be that.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import selectors
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -32,15 +36,18 @@ from typing import Any
 from ._program import announce, command_line, pyplot, save
 
 MODULES = {"mlx": "_tasks_mlx", "torch": "_tasks_torch", "jax": "_tasks_jax"}
+#: The peers before the variants of ours: who comes last has least time if others hang.
 CONTENDERS = {
     "MLX loop": "mlx",
-    "MLX by hand": "mlx",
     "mlxshim": "mlx",
-    "mlxshim, compiled": "mlx",
-    "mx.vmap": "mlx",
     "torch.func": "torch",
     "jax": "jax",
+    "MLX by hand": "mlx",
+    "mlxshim, compiled": "mlx",
+    "mx.vmap": "mlx",
 }
+#: Shares of the time: imports and XLA's compilation take more than MLX's start.
+SHARES = {"mlx": 1, "torch": 2, "jax": 3}
 
 
 # The worker -------------------------------------------------------------------------------------
@@ -83,7 +90,7 @@ def timed(runner: Any, seconds: float, size: int) -> dict[str, float]:
     # Results of calls that wait for each other lie in memory together.
     calls = max(2, min(20, int(seconds / 6 / median), int(6 * 2**30 / max(size, 1))))
     shares = []
-    for _ in range(3):
+    for _ in range(3 if median * calls < seconds else 1):
         begin = time.perf_counter()
         for _ in range(calls):
             out = runner.launch()
@@ -109,30 +116,43 @@ def environment() -> dict[str, str]:
     return env
 
 
-def results(contender: str, tasks: list[str], seconds: float, limit: float) -> Iterator[Any]:
-    """The rows of one contender; a process that dies or hangs costs it the task it was at."""
-    left = list(tasks)
-    while left:
-        command = [sys.executable, "-m", "benchmarks.peers", "--worker", contender]
-        command += ["--tasks", json.dumps(left), "--seconds", str(seconds)]
-        current, why = left[0], ""
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-        ) as child:
-            assert child.stderr is not None
+def worker(contender: str, tasks: list[str], seconds: float) -> list[str]:
+    command = [sys.executable, "-m", "benchmarks.peers", "--worker", contender]
+    return [*command, "--tasks", json.dumps(tasks), "--seconds", str(seconds)]
+
+
+def results(
+    contender: str, tasks: list[str], seconds: float, limit: float, patience: float = 60.0
+) -> Iterator[Any]:
+    """The rows of one contender, in no more than `limit` seconds.
+
+    A process that dies, or is silent for `patience` seconds, costs it the task it was at.
+    """
+    left, end = list(tasks), time.perf_counter() + limit
+    while left and time.perf_counter() < end:
+        command, current, why = worker(contender, left, seconds), left[0], ""
+        with (
+            tempfile.TemporaryFile() as errors,  # a pipe that nobody reads would stop the writer
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, env=environment()
+            ) as child,
+        ):
             try:
-                for line in lines_until(child, limit):
-                    said = json.loads(line) if line.startswith("{") else {}
+                for line in lines_until(child, end, patience):
+                    said = json.loads(line) if line.startswith(b"{") else {}
                     if "begins" in said:
                         current = said["begins"]
                     elif "task" in said:
                         left.remove(said["task"])
                         yield said
-            except TimeoutError:
+                child.wait(10)
+            except (TimeoutError, subprocess.TimeoutExpired):
                 child.kill()
-                why = f"no answer in {limit:.0f} s"
-            child.wait()
-            said_last = (child.stderr.read().strip().splitlines() or [""])[-1]
+                child.wait()
+                gone = limit - (end - time.perf_counter())
+                why = f"no answer in {min(patience, gone):.0f} s"
+            errors.seek(0)
+            said_last = (errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]
         if left:
             why = why or f"exit status {child.returncode}: {said_last}"[:160]
             if "No module named" in why:
@@ -141,26 +161,41 @@ def results(contender: str, tasks: list[str], seconds: float, limit: float) -> I
                 return
             left.remove(current)
             yield {"contender": contender, "task": current, "note": why}
+    for task in left:
+        yield {"contender": contender, "task": task, "note": f"not begun in {limit:.0f} s"}
 
 
-def lines_until(child: subprocess.Popen[str], limit: float) -> Iterator[str]:
-    """The child's lines, until it ends; TimeoutError if it is silent for `limit` seconds."""
+def lines_until(child: subprocess.Popen[bytes], end: float, patience: float) -> Iterator[bytes]:
+    """The child's lines, until it ends; TimeoutError if it is silent, or not through in time.
+
+    Read from the pipe itself: a file object would hold back a second line that came with the first.
+    """
     assert child.stdout is not None
+    pipe, rest = child.stdout.fileno(), b""
     with selectors.DefaultSelector() as selector:
-        selector.register(child.stdout, selectors.EVENT_READ)
-        while selector.select(limit):
-            line = child.stdout.readline()
-            if not line:
+        selector.register(pipe, selectors.EVENT_READ)
+        while selector.select(max(0.0, min(patience, end - time.perf_counter()))):
+            read = os.read(pipe, 1 << 16)
+            if not read:
                 return
-            yield line
+            *whole, rest = (rest + read).split(b"\n")
+            yield from whole
     raise TimeoutError
 
 
-def error_of(row: dict[str, Any], loop: dict[str, Any] | None) -> float | None:
+def comparable(row: dict[str, Any], loop: dict[str, Any] | None) -> None:
+    """Add its error; a row of other sizes (its framework found no GPU, or was alone to find one)
+    loses its times."""
+    row["error"] = None
     if not loop or "sketch" not in row or "sketch" not in loop:
-        return None
+        return
+    if row["size"] != loop["size"]:
+        for key in ("ms", "best_ms", "piped_ms", "mib", "sketch"):
+            row.pop(key, None)
+        row["note"] = "not on the device of the others"
+        return
     want = sum(x * x for x in loop["sketch"]) ** 0.5
-    return sum((x - y) ** 2 for x, y in zip(row["sketch"], loop["sketch"])) ** 0.5 / want
+    row["error"] = sum((x - y) ** 2 for x, y in zip(row["sketch"], loop["sketch"])) ** 0.5 / want
 
 
 def versions() -> dict[str, Any]:
@@ -220,8 +255,9 @@ def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
 
 def main() -> None:
     parser = command_line(__doc__)
-    parser.add_argument("--minutes", type=float, default=3.0, help="about, the start-up included")
-    parser.add_argument("--only", default="", help="tasks, or beginnings of their names")
+    parser.add_argument("--minutes", type=float, default=3.0, help="at most, the start-up included")
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds for one task")
+    parser.add_argument("--only", default="", help="tasks, or beginnings of their names; by ;")
     parser.add_argument("--contenders", default=";".join(CONTENDERS), help="separated by ;")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--tasks", help=argparse.SUPPRESS)
@@ -234,20 +270,28 @@ def main() -> None:
 
     wanted = tuple(name.strip() for name in options.only.split(";")) if options.only else ("",)
     tasks = [task for task in _tasks.CPU_SIZES if task.startswith(wanted)]
-    names = [name.strip() for name in options.contenders.split(";")]
+    asked = [name.strip() for name in options.contenders.split(";")]
+    names = [name for name in CONTENDERS if name in asked]
+    if not tasks or set(asked) - set(names):
+        parser.error(f"the tasks are {list(_tasks.CPU_SIZES)}, the contenders {list(CONTENDERS)}")
     about = announce("peers", versions())
     deadline = time.perf_counter() + options.minutes * 60
     rows: list[dict[str, Any]] = []
     loops: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(names):
-        # What is left is shared by those that are left; a start and its warm-ups take a while.
-        share = (deadline - time.perf_counter()) / (len(names) - i)
-        seconds = min(2.0, max(0.05, (share - 6) / len(tasks)))
-        for row in results(name, tasks, seconds, limit=max(90.0, share)):
+        left = deadline - time.perf_counter()
+        shares = [SHARES[CONTENDERS[other]] for other in names[i:]]
+        share = left * shares[0] / sum(shares)
+        limit = left if i == len(names) - 1 else min(2 * share, 0.6 * left)
+        # Half of a share is for the start, compilation, inputs and warm-ups.
+        seconds = min(2.0, max(0.05, share / 2 / len(tasks) / shares[0]))
+        for row in results(name, tasks, seconds, limit, options.patience):
             if name == "MLX loop":
                 loops[row["task"]] = row
-            row["error"] = error_of(row, loops.get(row["task"]))
+            comparable(row, loops.get(row["task"]))
             rows.append(row)
+            rows.sort(key=lambda row: tasks.index(row["task"]))
+            save(options.json, {**about, "rows": rows})
             ms, piped, mib = (row.get(k) or float("nan") for k in ("ms", "piped_ms", "mib"))
             print(
                 f"{row['task']:<30} {name:<18} {ms:10.3f} ms {piped:10.3f} piped {mib:9.1f} MiB  "
@@ -256,9 +300,7 @@ def main() -> None:
                 f"{row.get('note', '')}",
                 flush=True,
             )
-    rows.sort(key=lambda row: tasks.index(row["task"]))
     print(report(rows))
-    save(options.json, {**about, "rows": rows})
     if options.png:
         draw(rows, options.png, f"{about['device']}, MLX {about['mlx']}")
 

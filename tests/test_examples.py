@@ -87,6 +87,36 @@ def test_a_framework_that_is_not_installed_is_not_waited_for(tmp_path, monkeypat
     assert [row["note"] for row in rows] == ["not installed"]
 
 
+def test_a_contender_that_hangs_loses_the_task_it_is_at(monkeypatch):
+    from benchmarks import peers
+
+    # Two lines in one write, more on stderr than a pipe holds, and silence.
+    program = (
+        "import os, sys, time\nsys.stderr.write('warning ' * 50000)\n"
+        'os.write(1, b\'{"task": "a"}\\n{"begins": "b"}\\n\')\ntime.sleep(100)\n'
+    )
+    monkeypatch.setattr(peers, "worker", lambda *_: [sys.executable, "-I", "-c", program])
+    rows = list(peers.results("mlxshim", ["a", "b"], 0.1, limit=60, patience=2))
+    assert [(row["task"], row.get("note")) for row in rows] == [
+        ("a", None),
+        ("b", "no answer in 2 s"),
+    ]
+    rows = list(peers.results("mlxshim", ["a", "b", "c"], 0.1, limit=2))
+    assert [row.get("note") for row in rows] == [None, "no answer in 2 s", "not begun in 2 s"]
+
+
+def test_a_contender_on_another_device_has_no_times():
+    from benchmarks import peers
+
+    loop = {"size": {"n": 16}, "sketch": [3.0, 4.0], "ms": 1.0}
+    row = {"size": {"n": 16}, "sketch": [3.0, 4.5], "ms": 2.0}
+    peers.comparable(row, loop)
+    assert row["error"] == pytest.approx(0.1) and row["ms"] == 2.0
+    row = {"size": {"n": 4}, "sketch": [3.0, 4.0], "ms": 2.0}
+    peers.comparable(row, loop)
+    assert "ms" not in row and row["note"]
+
+
 def test_norms_benchmark(tmp_path):
     path = tmp_path / "norms.json"
     run("-m", "benchmarks.norms", "--shapes", "2x3x4x64", "--repeats", "3", "--json", str(path))
