@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 import mlxshim
-from mlxshim.testing import Nonconforming, check
+from mlxshim.testing import MODES, Nonconforming, check, conformance
 
 
 def swish():
@@ -125,6 +125,27 @@ def test_the_checker_finds_a_wrong_rule():
     op.def_batch(lambda size, arrays, axes, *, beta=1.0: (op(*arrays, beta=beta), 0))
     with pytest.raises(Nonconforming, match="vmap in_axes"):
         check(op, X, Y)
+
+
+def test_the_checker_measures_a_loop_in_half_precision_by_float32():
+    def waves(total, factor=1.0):
+        return lambda x, w: mx.tanh(x @ w) * mx.sin(factor * total(x))
+
+    def backwards(x):  # the same sum, rounded off in another order
+        s = mx.zeros((), x.dtype)
+        for value in mx.flatten(x)[::-1]:
+            s = s + value
+        return s
+
+    mx.random.seed(1)
+    x, w = mx.random.normal((4, 3)) + 1, mx.random.normal((3, 4))
+    options = {"reference": waves(backwards), "dtypes": [mx.bfloat16], "modes": MODES[1:4]}
+    results = list(conformance(waves(mx.sum), x, w, **options))
+    assert any(r.share > 1 for r in results)  # further from the loop than the tolerance
+    assert not any(r.error for r in results)
+    said = "output 0 differs by .* from float32 output 0 is off by .*, the loop by "
+    with pytest.raises(Nonconforming, match=said):
+        check(waves(mx.sum, 1.05), x, w, **options)
 
 
 def test_the_checker_refuses_to_pass_on_nothing():

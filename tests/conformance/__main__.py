@@ -1,12 +1,13 @@
 """docs/coverage.md: every operation under every transform, MLX's own against mlxshim.
 
-    python -m tests.conformance [--only NAME,...] [--page] [--half]
+    python -m tests.conformance [--only NAME,...] [--page] [--half] [--numbers]
 
 runs every case of the suite with `mlx.core` and with `mlxshim` as the transforms, keeps what came
 of it in docs/coverage/VERSION.json, by the version of the installed MLX, and writes the page of
 all the versions kept. With `--page` it writes the page alone. Needs no GPU; some minutes. With
 `--half` it only runs every case in half precision, in the modes too that are left out elsewhere,
-says which of them fail, and keeps nothing.
+says which of them fail, and keeps nothing. With `--numbers` it only says of the cases named which
+fail and by how much, and how much of the tolerance each mode needs, and keeps nothing.
 
 Every case that is done is noted in build/coverage, with a digest of the code that it was run on:
 a run that was stopped goes on where it was, and what has not changed is not run again. Several
@@ -55,7 +56,7 @@ def outcome(result: dict[str, Any]) -> str:
 
 def digest(transforms: str) -> str:
     """Of all the code that what comes of a case depends on."""
-    files = [ROOT / "tests" / "processes.py", ROOT / "mlxshim" / "testing.py"]
+    files = [ROOT / "tests" / "processes.py", *sorted((ROOT / "mlxshim").glob("testing*.py"))]
     files += [f for f in sorted(Path(__file__).parent.glob("*.py")) if not _bystander(f)]
     if transforms == "mlxshim":
         package = ROOT / "mlxshim"
@@ -92,17 +93,20 @@ def run(transforms: str, wanted: tuple[str, ...], version: str) -> dict[str, dic
     return _by_operation({name: done[name] for name in names})
 
 
-def run_in_half(wanted: tuple[str, ...]) -> int:
-    """How many cases in half precision fail; each is printed."""
-    worker, failed, total = Worker(everything=True), 0, 0
-    for name in filter(in_half, load()):
-        if name.startswith(wanted):
-            results = worker.run(name)
-            total += len(results)
-            for r in results:
-                if r["error"] is not None:
-                    failed += 1
-                    print(f"{name} {r['mode']} {r['where']}: {r['error']}")
+def failing(names: list[str], everything: bool, numbers: bool) -> int:
+    """How many cases fail; each is printed, and with `numbers` what each mode comes to."""
+    worker, failed, total = Worker(everything=everything), 0, 0
+    for name in names:
+        shares: dict[str, float] = {}
+        for r in worker.run(name):
+            total += 1
+            shares[r["mode"]] = max(r["share"], shares.get(r["mode"], 0.0))
+            if r["error"] is not None:
+                failed += 1
+                print(f"{name} {r['mode']} {r['where']}: {r['error']}")
+        if numbers:
+            parts = ", ".join(f"{mode} {share:.2g}" for mode, share in shares.items())
+            print(f"{name}: largest error as a part of the tolerance: {parts}", flush=True)
     worker.close()
     print(f"{failed} of {total} cases fail.")
     return failed
@@ -222,10 +226,12 @@ def main() -> None:
     parser.add_argument("--only", default="", help="names, or beginnings of them; keeps nothing")
     parser.add_argument("--page", action="store_true", help="write the page of what is kept")
     parser.add_argument("--half", action="store_true", help="all of half precision; keeps nothing")
+    parser.add_argument("--numbers", action="store_true", help="how much fails; keeps nothing")
     options = parser.parse_args()
     wanted = tuple(options.only.split(","))
-    if options.half:
-        sys.exit(run_in_half(wanted) > 0)
+    if options.half or options.numbers:
+        names = [n for n in load() if n.startswith(wanted) and (in_half(n) or not options.half)]
+        sys.exit(failing(names, options.half, options.numbers) > 0)
     version: str = mx.__version__  # pyright: ignore[reportAttributeAccessIssue]
     if not options.page:
         by_transforms = {t: run(t, wanted, version) for t in TRANSFORMS}

@@ -56,7 +56,7 @@ class Worker:
                 continue
             start = int(number) + 1
             mode, place = where
-            died = {"mode": mode, "where": place, "error": death, "wrong": False}
+            died = {"mode": mode, "where": place, "error": death, "wrong": False, "share": 0.0}
             results.append({**died, "looped": False})
 
     def _attempt(
