@@ -7,7 +7,7 @@ import pytest
 from libraries import OURS, normal, same
 
 import mlxshim
-from mlxshim import cond, fori_loop, grad, jvp, vmap, while_loop
+from mlxshim import cond, fori_loop, grad, jvp, scan, switch, vmap, while_loop
 
 # Programs: each is run by both libraries ---------------------------------------------------------
 
@@ -249,3 +249,42 @@ def test_a_mapped_bound_leaves_the_function_what_it_captured():
     for transform in (lambda f: f, grad):
         got = vmap(transform(powers))(xs, counts)
         same(got, mx.stack([transform(powers)(x, int(n)) for x, n in zip(xs, counts.tolist())]))
+
+
+def doubled(x):
+    x *= 2
+    return x
+
+
+ALIKE = {
+    "cond": lambda n, x: cond(n == 0, lambda x: x, mx.sin, x),
+    "cond, captured": lambda n, x: cond(n == 0, lambda: x, lambda: mx.sin(x)),
+    "cond, written to": lambda n, x: cond(n == 0, doubled, mx.sin, x),
+    "switch": lambda n, x: switch(n, [lambda x: x, mx.sin], x),
+    "switch, written to": lambda n, x: switch(n, [doubled, mx.sin], x),
+    "while": lambda n, x: while_loop(lambda s: s.sum() < 4 * n, lambda s: s * 2, x),
+    "fori": lambda n, x: fori_loop(0, n, lambda i, s: s * 2, x),
+    "fori, written to": lambda n, x: fori_loop(0, n + 2, lambda i, s: doubled(s), x),
+    "scan": lambda n, x: scan(lambda c, y: (c, y), x, n * mx.ones((2,)))[0],
+    "scan, written to": lambda n, x: scan(lambda c, _: (doubled(c), c), x, length=3)[1] + n,
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_what_is_handed_through_is_an_array_of_its_own(name):
+    """A selection makes a new array: what is taken as it is must be one, mapped or not."""
+
+    def f(n, x):
+        y = ALIKE[name](n, x)
+        before, y[0], x[1] = y * 1, 7.0, 9.0
+        return before, y, x
+
+    x = mx.array([1.0, 2.0])
+    same(f(mx.array(0), mx.array(x))[2], mx.array([1.0, 9.0]))
+    rows = [f(mx.array(n), mx.array(x)) for n in (0, 0, 1)]
+    same(vmap(f, (0, None))(mx.array([0, 0, 1]), x), tuple(mx.stack(ys) for ys in zip(*rows)))
+
+
+def test_the_ys_of_a_scan_are_those_of_their_step():
+    ys = scan(lambda c, _: (doubled(c), c), mx.array(1.0), length=3)[1]
+    same(ys, mx.array([2.0, 4.0, 8.0]))

@@ -44,8 +44,19 @@ def becomes(number: Any, dtype: mx.Dtype) -> bool:
 
 
 def as_arrays(tree: Any) -> Any:
-    """`tree` with numbers made arrays."""
-    return trees.map_leaves(lambda x: mx.array(x) if is_number(x) else x, tree)
+    """`tree` with numbers made arrays, and every array one of its own.
+
+    What is selected is a new array, and what is taken as it is has to be one too: the caller may
+    write to either, and the other stays as it was.
+    """
+    return trees.map_leaves(
+        lambda x: mx.array(x) if isinstance(x, mx.array) or is_number(x) else x, tree
+    )
+
+
+def apart(tree: Any) -> Any:
+    """`tree` with every array one of its own, and numbers as they are."""
+    return trees.map_leaves(lambda x: mx.array(x) if isinstance(x, mx.array) else x, tree)
 
 
 def flatten(tree: Any, numbers: bool = True) -> tuple[list[mx.array], Any]:
@@ -70,7 +81,7 @@ def unflatten(slots: Any, arrays: Any) -> Any:
 def like(
     tree: Any, example: Any, complain: Callable[[str], Exception], path: trees.Path = ()
 ) -> Any:
-    """`tree` with its numbers as the arrays that `example` has in their place.
+    """`tree` with its numbers as the arrays that `example` has in their place, none of them shared.
 
     Raises what `complain` makes of the difference if it has another structure, shape or dtype.
     """
@@ -99,7 +110,7 @@ def _array_like(
         leaf = mx.array(leaf, example.dtype if becomes(leaf, example.dtype) else None)
     if not isinstance(leaf, mx.array) or leaf.shape != example.shape or leaf.dtype != example.dtype:
         raise complain(f"{_at(path)} is {describe(leaf)} in place of {describe(example)}")
-    return leaf
+    return mx.array(leaf)
 
 
 def _at(path: trees.Path) -> str:

@@ -68,7 +68,7 @@ def cond(
     }
     value = _scalar(pred, "cond", "pred")
     if value is not None:
-        return _flat.as_arrays(named["true_fun" if value else "false_fun"](*operands))
+        return _flat.as_arrays(named["true_fun" if value else "false_fun"](*_flat.apart(operands)))
     pred = pred if pred.dtype == mx.bool_ else pred != 0
     return _select("cond", [pred, mx.logical_not(pred)], named, operands)
 
@@ -112,7 +112,8 @@ def switch(
     value = _scalar(index, "switch", "index", integer=True)
     last = len(named) - 1
     if value is not None:
-        return _flat.as_arrays(list(named.values())[min(max(int(value), 0), last)](*operands))
+        fun = list(named.values())[min(max(int(value), 0), last)]
+        return _flat.as_arrays(fun(*_flat.apart(operands)))
     index = mx.clip(index, 0, last)
     return _select("switch", [index == n for n in range(last + 1)], named, operands)
 

@@ -63,7 +63,7 @@ def scan(
         new, y = _pair(f(carry, x))
         carry = _kept(new, carry)
         if form is None:
-            form = y
+            form = y = _flat.as_arrays(y)
         else:
             y = _flat.like(y, form, _unequal_ys)
         arrays, y_slots = _flat.flatten(y)
@@ -236,7 +236,7 @@ def associative_scan(
 
     size = sizes.pop()
     # Of one entry it is that entry, in an array of its own: the caller may write to either.
-    arrays = [x[...] for x in arrays]
+    arrays = _flat.apart(arrays)
     results = scanned(flipped(arrays) if reverse else arrays, size)
     return _flat.unflatten(slots, flipped(results) if reverse else results)
 
