@@ -15,6 +15,7 @@ from ..core.errors import ArgumentError, NoBatchingRule, PerformanceWarning
 from ..core.interception import intercepted
 from ..core.levels import VmapLevel, at_vmap
 from ..core.plans import Plans
+from ..core.tangents import lacks_a_mapped_tangent, tying
 from ._mapping import Inputs, MappedOutputError, Outputs, check_spec
 from ._plain import plain_axes, reach
 
@@ -101,7 +102,7 @@ def vmap(
                     )(*args)
                     return outputs.give(results)
                 except Exception as e:
-                    if not _lacks_a_mapped_tangent(e):
+                    if not lacks_a_mapped_tangent(e):
                         _loop_or_raise(e, outputs, fallback, axis_name)
                         loop = True
         inputs = Inputs(fun, args, kwargs, in_axes, axis_size)
@@ -149,22 +150,8 @@ def _batched(
 
     axes = tuple(inputs.axes) if len(inputs.axes) > 1 else inputs.axes[0]
     run: Any = native.vmap(per_sample, axes, outputs.axes)
-    try:
-        results = run(*arrays)
-    except Exception as e:
-        if not _lacks_a_mapped_tangent(e):
-            raise
-        level.ties, level.calls = True, 0
-        results = run(*arrays)
+    results = tying(level, lambda: run(*arrays))
     return [results] if isinstance(results, mx.array) else list(results)
-
-
-def _lacks_a_mapped_tangent(error: Exception) -> bool:
-    """Whether MLX could not map its tangent of a product, C + A T, for C alone is mapped.
-
-    Source: mlx/primitives.cpp, `Matmul::jvp` and `AddMM::vmap`.
-    """
-    return "[addmm] input c must broadcast to the output shape" in str(error)
 
 
 # The loop --------------------------------------------------------------------------------------
