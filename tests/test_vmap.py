@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import threading
 
@@ -16,6 +17,11 @@ from mlxshim import grad, vmap
 from mlxshim.core import interception
 
 Pair = collections.namedtuple("Pair", "a b")
+
+
+@dataclasses.dataclass
+class Record:
+    w: object
 
 
 def rand(*shape):
@@ -156,6 +162,13 @@ def test_zero_and_one_sample():
         (lambda: vmap(lambda x: [])(rand(2)), ["no array"]),
         (lambda: vmap(lambda x: (x, "text"))(rand(2)), ["[1]", "text", "str"]),
         (lambda: vmap(lambda x: "text")(rand(2)), ["'text'", "str"]),
+        (lambda: vmap(lambda x: x)(np.array(["a", "b"])), ["Nothing is mapped"]),
+        (
+            lambda: vmap(lambda d: d["x"])({"x": rand(2), "r": Record([rand(2)])}),
+            ["d['r']", "dataclass, Record", "w holds arrays", "in_axes=None"],
+        ),
+        # Printing it would read the array in it: a loop, and its warning.
+        (lambda: vmap(lambda x: Record(x))(rand(2)), ["an object of type Record"]),
         (lambda: vmap(lambda x: x, out_axes=2)(rand(2, 3)), ["out_axes", "2", "(3,)"]),
         (lambda: vmap(lambda x: (x, x), out_axes=(0,))(rand(2)), ["out_axes", "tuple of 2"]),
         (lambda: vmap(lambda x: x, out_axes=None)(rand(2)), ["out_axes is None", "depends"]),
@@ -168,6 +181,12 @@ def test_errors_say_what_is_wrong(call, words):
     assert message.startswith("[vmap]")
     for word in words:
         assert word in message, message
+
+
+def test_objects_that_samples_share_are_handed_through():
+    x, shared = rand(3, 2), Record(rand(2))
+    same(vmap(lambda x, r: x * r.w, in_axes=(0, None))(x, shared), x * shared.w)
+    same(vmap(lambda x, r: x * r.w)(x, Record(2.0)), x * 2)  # no arrays, nothing to map
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, GeneratorExit])

@@ -73,6 +73,7 @@ class Inputs:
             return leaf
         if not isinstance(leaf, mx.array):
             if not is_numpy(leaf) or not leaf.ndim:
+                self._check_is_no_tree(leaf, path)
                 return leaf
             leaf = mx.array(leaf)
         ndim = leaf.ndim
@@ -90,6 +91,17 @@ class Inputs:
         self.axes.append(axis + ndim if axis < 0 else axis)
         self.paths.append(path)
         return Slot(len(self.arrays) - 1)
+
+    def _check_is_no_tree(self, leaf: Any, path: trees.Path) -> None:
+        """A dataclass is handed through, so that what is mapped in it would not be."""
+        for field in getattr(type(leaf), "__dataclass_fields__", ()):
+            held = trees.leaves(getattr(leaf, field, None))
+            if any(isinstance(x, mx.array) for _, x in held):
+                raise ArgumentError(
+                    f"[vmap] Argument {self._name(path)} is a dataclass, {type(leaf).__name__}, "
+                    f"whose {field} holds arrays, and vmap does not look into it: pass a dict or "
+                    "a named tuple, or give it in_axes=None if all samples share it."
+                )
 
     def _common_size(self, axis_size: int | None) -> int:
         arrays, axes = self.arrays, self.axes
@@ -244,8 +256,8 @@ class Outputs:
             if not isinstance(leaf, mx.array):
                 where = trees.written(path)
                 raise ArgumentError(
-                    f"[vmap] The function must return arrays; its output{where} is {leaf!r} of "
-                    f"type {type(leaf).__name__}."
+                    f"[vmap] The function must return arrays; its output{where} is "
+                    f"{_describe(leaf)}."
                 )
             if axis is None:
                 self.shared[len(arrays)] = leaf
