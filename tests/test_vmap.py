@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import io
 import threading
 
 import mlx.core as mx
@@ -271,6 +272,30 @@ def test_an_output_may_be_there_twice():
     twice = vmap(lambda x: [x, x], in_axes=1)(xs)
     assert [y.shape for y in twice] == [(3, 2, 5), (3, 2, 5)]
     assert mx.array_equal(twice[0], twice[1]).item()
+
+
+@pytest.mark.parametrize("tree", [list, tuple, lambda ys: {"a": ys[0], "b": list(ys[1:])}])
+def test_outputs_come_in_the_tree_of_the_function(tree):
+    """Those of another shape than all before need not be told apart, and are no further nodes."""
+    xs = mx.random.normal((2, 3, 5))
+
+    def f(x):
+        return tree([x, x.reshape(x.shape), x[:2], x.sum(), mx.sum(x)])
+
+    def look(x):
+        return tree([x + 1, x.sum(axis=0), x[:2]])
+
+    for axis in (0, 1):
+        out_axes = 0 if axis == 0 else -1
+        got = vmap(f, in_axes=axis, out_axes=out_axes)(xs)
+        want = [f(x) for x in mx.moveaxis(xs, axis, 0)]
+        assert type(got) is type(want[0])
+        columns = zip(*(mlxshim.tree_leaves(sample) for sample in want))
+        for y, column in zip(mlxshim.tree_leaves(got), columns):
+            same(y, mx.stack(list(column), axis=out_axes))
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *mlxshim.tree_leaves(vmap(look)(xs)))
+    assert "Transpose" not in graph.getvalue()
 
 
 def test_an_unmapped_array_is_not_changed_in_place():

@@ -13,7 +13,7 @@ from typing_extensions import ParamSpec
 from ..core import levels, native
 from ..core.errors import ArgumentError, NoBatchingRule, PerformanceWarning
 from ..core.interception import intercepted
-from ..core.levels import VmapLevel, at_vmap
+from ..core.levels import VmapLevel, at_vmap, in_vmap, standing_in
 from ..core.plans import Plans
 from ..core.tangents import lacks_a_mapped_tangent, tying
 from ._mapping import Inputs, MappedOutputError, Outputs, check_spec
@@ -94,13 +94,14 @@ def vmap(
             if size > 0 and (axis_size is None or axis_size == size):
                 # MLX takes these arguments as they are: the trace is ours to keep short.
                 outputs = Outputs(out_axes, named)
-                plan = plans.of(reach(args, path).shape)
-                body = at_vmap(VmapLevel(axis_name, size, randomness, plan), fun)
+                plan = plans.of((reach(args, path).shape, *levels.sizes()))
+                level, run = VmapLevel(axis_name, size, randomness, plan), standing_in(fun)
+
+                def traced(*xs: Any) -> Any:
+                    return outputs.take_plain(in_vmap(level, run, reach(xs, path), *xs))
+
                 try:
-                    results = native.vmap(
-                        lambda *xs: outputs.take(body(reach(xs, path), *xs)), axes, outputs.axes
-                    )(*args)
-                    return outputs.give(results)
+                    return outputs.give(native.call_vmap(traced, axes, outputs.axes, args))
                 except Exception as e:
                     if not lacks_a_mapped_tangent(e):
                         _loop_or_raise(e, outputs, fallback, axis_name)
@@ -117,7 +118,7 @@ def vmap(
             if not inputs.size:
                 arrays = inputs.nothing()
             if not loop:
-                plan = plans.of((arrays[0].shape, len(arrays)))
+                plan = plans.of((arrays[0].shape, len(arrays), *levels.sizes()))
                 level = VmapLevel(axis_name, size, randomness, plan)
                 try:
                     parts.append(_batched(fun, inputs, arrays, outputs, level))
