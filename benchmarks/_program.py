@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,12 @@ def command_line(about: str | None, *, png: bool = True) -> argparse.ArgumentPar
 
 
 def announce(name: str, machine: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    """What a result begins with, and the terminal is told: the command, the machine, settings."""
-    command = " ".join([f"python -m benchmarks.{name}", *sys.argv[1:]])
+    """What a result begins with, and the terminal is told: the command, the machine, settings.
+
+    The command is one for any machine: of a file elsewhere on this one it has the name.
+    """
+    arguments = [re.sub(r"^(--\w+=)?/(?:.*/)?", r"\1", argument) for argument in sys.argv[1:]]
+    command = shlex.join(["python", "-m", f"benchmarks.{name}", *arguments])
     found = {"command": command, **machine, **settings}
     print(json.dumps(found, default=str), flush=True)
     return found

@@ -211,11 +211,20 @@ def versions() -> dict[str, Any]:
             found[name] = None
     try:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        found["device"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        gpus = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")
     except OSError:
-        found["device"] = ""
-    found["device"] = found["device"] or platform.processor() or platform.machine()
+        gpus = [""]
+    found["device"] = gpus[0].strip() or processor()
     return found
+
+
+def processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as about:
+            names = [line.partition(":")[2] for line in about if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.processor() or platform.machine()
 
 
 def report(rows: list[dict[str, Any]]) -> str:

@@ -66,6 +66,17 @@ def test_all_benchmarks_write_one_page(tmp_path):
     assert "](results/prefix-" in page
 
 
+def test_a_command_of_a_benchmark_is_one_for_any_machine(monkeypatch):
+    from benchmarks._program import announce
+
+    arguments = ["--only", "rms norm;cnn", "--json", "/tmp/a b/x.json", "--png=/tmp/x.png"]
+    monkeypatch.setattr(sys, "argv", ["peers.py", *arguments, "--out", "docs/x"])
+    said = announce("peers", {})["command"]
+    assert said == (
+        "python -m benchmarks.peers --only 'rms norm;cnn' --json x.json --png=x.png --out docs/x"
+    )
+
+
 def test_the_page_of_performance_is_what_its_files_say():
     from benchmarks._render import render
 
