@@ -26,6 +26,10 @@ def discrete(index: Any) -> Any:
 def constant_if_empty(x: mx.array) -> mx.array:
     """What is gathered from, without a derivative if it has no entries.
 
-    On the CPU MLX's scatter, which is the derivative, divides by their number: the process dies.
+    On the CPU MLX's scatter, which is the derivative in reverse mode, divides by their number: the
+    process dies.
     """
-    return x if x.size else mx.stop_gradient(x)
+    if x.size:
+        return x
+    stack = levels.active()
+    return x if "jvp" in stack and "grad" not in stack else mx.stop_gradient(x)

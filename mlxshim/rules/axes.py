@@ -6,7 +6,12 @@ first, or the new ones all but the first come last: the result has a transposed 
 shape and wrong numbers. Squeeze's vjp, Reduce's jvp and every index are made of it. One axis at a
 time is always right, and moves nothing.
 
-Source: mlx/primitives.cpp, `ExpandDims::vmap`, `Squeeze::vjp`, `Reduce::jvp`.
+A reduction over no entries of an array that is not row contiguous, which the mapped axis makes of
+many, is whatever was in the memory on the CPU, or does not end. Where the result is a constant, it
+is one here: no derivative, whose backward pass may sum over nothing as well, goes through it.
+
+Source: mlx/primitives.cpp, `ExpandDims::vmap`, `Squeeze::vjp`, `Reduce::jvp`;
+mlx/backend/cpu/reduce.cpp, `reduction_op`.
 """
 
 from __future__ import annotations
@@ -36,18 +41,6 @@ def _unsafe(axes: Any, ndim: int) -> list[int] | None:
     others = ndim - len(ordered)
     # `axis - j` dimensions that stay come before the j-th of the axes.
     return ordered if any(axis - j < others for j, axis in enumerate(ordered) if j) else None
-
-
-def _within(a: mx.array, axis: Any) -> mx.array:
-    """`a`, whose mapped axis comes first where a derivative around this vmap is mapped itself.
-
-    An axis that is mapped further out is then one of several that stay, as in the sample.
-    """
-    stack = levels.active()
-    if stack.count("vmap") < 2 or type(axis) is int:
-        return a
-    outer, inner = stack.index("vmap"), len(stack) - 1 - stack[::-1].index("vmap")
-    return fronted(a) if any(kind != "vmap" for kind in stack[outer:inner]) else a
 
 
 def _expand(a: mx.array, axes: Sequence[int], stream: Any) -> mx.array:
@@ -84,6 +77,16 @@ def _squeezing(owner: Any) -> None:
 # Reductions -------------------------------------------------------------------------------------
 
 
+_OF_NOTHING = {"sum": 0, "prod": 1, "any": 0, "all": 1}
+
+
+def _over_nothing(
+    owner: Any, name: str, a: mx.array, axis: Any, keepdims: bool, *, stream: Any = None
+) -> mx.array:
+    out = original(owner, name)(a, axis, keepdims, stream=stream)  # for its shape and dtype
+    return mx.full(out.shape, _OF_NOTHING[name], out.dtype, stream=stream)
+
+
 def _summing(owner: Any, name: str) -> None:
     """Sums keep the reduced axes and lose them one by one."""
 
@@ -93,9 +96,12 @@ def _summing(owner: Any, name: str) -> None:
     ) -> mx.array:
         if name in ("var", "std"):
             refuse_reverse(name, a)
+        if not a.size:
+            if name in _OF_NOTHING:
+                return _over_nothing(owner, name, a, axis, keepdims, *args, **kwargs)
+            a = mx.contiguous(a)  # not a number, nor is its derivative
         if name == "std" and (out := complex_std(a, axis, keepdims, *args, **kwargs)) is not None:
             return out
-        a = _within(a, axis)
         several = None if keepdims else _unsafe(axis, a.ndim)
         if not several:
             return original(owner, name)(a, axis, keepdims, *args, **kwargs)
@@ -110,7 +116,8 @@ def _selecting(owner: Any, name: str) -> None:
     def reduce(a: mx.array, axis: Any = None, keepdims: bool = False, *, stream: Any = None) -> Any:
         if name == "prod":
             refuse_reverse(name, a)
-        a = _within(a, axis)
+        if not a.size and name in _OF_NOTHING:
+            return _over_nothing(owner, name, a, axis, keepdims, stream=stream)
         several = _unsafe(axis, a.ndim)
         if not several:
             return original(owner, name)(a, axis, keepdims, stream=stream)
@@ -121,6 +128,16 @@ def _selecting(owner: Any, name: str) -> None:
         if isinstance(out, mx.array):
             return _expand(out, several, stream)
         return tuple(_expand(x, several, stream) for x in out)
+
+
+def _asking(owner: Any, name: str) -> None:
+    @intercept(owner, name)
+    def reduce(
+        a: mx.array, axis: Any = None, keepdims: bool = False, *, stream: Any = None
+    ) -> mx.array:
+        if a.size:
+            return original(owner, name)(a, axis, keepdims, stream=stream)
+        return _over_nothing(owner, name, a, axis, keepdims, stream=stream)
 
 
 def _to_the_end(a: mx.array, axes: Sequence[int], stream: Any) -> mx.array:
@@ -145,6 +162,7 @@ def _norm(owner: Any, name: str) -> None:
     ) -> mx.array:
         if not _is_of_singular_values(ord, axis, a.ndim):
             a = a if (found := lengths(a, stream)) is None else found
+        a = a if a.size else mx.contiguous(a, stream=stream)
         several = _unsafe(axis, a.ndim)
         if axis is None or not several:
             return original(owner, name)(a, ord, axis, keepdims, stream=stream)
@@ -172,8 +190,7 @@ _ELSEWHERE = ({"logsumexp"} if MLX < (0, 32, 0) else set()) | (
 @intercept(mx, "einsum")
 def einsum(*operands: Any, **options: Any) -> mx.array:
     """What it sums it squeezes at once: the mapped axis of its cotangent must come first."""
-    placed = [_within(x, None) if isinstance(x, mx.array) else x for x in operands]
-    return fronted(original(mx, "einsum")(*placed, **options))
+    return fronted(original(mx, "einsum")(*operands, **options))
 
 
 _squeezing(mx)
@@ -184,6 +201,8 @@ for _owner in (mx, mx.array):
     for _name in {"max", "min", "prod", "median", "minmax"} - _ELSEWHERE:
         if hasattr(_owner, _name):
             _selecting(_owner, _name)
+    for _name in ("any", "all"):
+        _asking(_owner, _name)
 
 
 # The place of an extremum of all entries ---------------------------------------------------------

@@ -37,7 +37,8 @@ from .windows import Window, become, is_whole, of_all, read, reads_itself, write
 @intercept(mx.array, "__getitem__")
 def __getitem__(x: mx.array, key: Any) -> mx.array:
     raw = original(mx.array, "__getitem__")
-    x = constant_if_empty(x)
+    if not (key is None or key is Ellipsis or type(key) is slice):
+        x = constant_if_empty(x)
     if ONE_ENTRY_BUG:
         key = plain_steps(x, key)
         if reads_itself():
