@@ -199,3 +199,35 @@ def test_a_compiled_draw_in_a_checkpoint_is_drawn_again():
         same(slope, value)
         before += value.tolist()
     assert len(set(before)) == 6
+
+
+@pytest.mark.parametrize("inner", ["grad", "jvp"])
+@pytest.mark.parametrize("outer", ["grad", "jvp"])
+@pytest.mark.parametrize("library", [mx, mlxshim], ids=["mx", "mlxshim"])
+def test_mixed_second_derivatives(inner, outer, library):
+    """Of sin(x) y: to MLX's own jvp of a checkpoint y is a constant, wherever it came from."""
+
+    def derivative(kind, f, x):
+        return grad(f)(x) if kind == "grad" else jvp(f, [x], [mx.array(1.0)])[1][0]
+
+    def product(x, y):
+        # Looked up inside the transforms, which replace MLX's.
+        return library.checkpoint(lambda x, y: mx.sin(x) * y)(x, y)
+
+    def mixed(x, y):
+        return derivative(outer, lambda y: derivative(inner, lambda x: product(x, y), x), y)
+
+    x, ys = mx.array(0.3), mx.array([0.7, -2.0])
+    same(mixed(x, ys[0]), mx.cos(x))
+    same(vmap(mixed, (None, 0))(x, ys), mx.broadcast_to(mx.cos(x), (2,)))
+
+
+def test_what_has_no_tangent_is_constant_to_the_derivative_further_out():
+    """MLX refuses the gradient of the tangent of a maximum, of which there is none here."""
+
+    def tangent(x, y):
+        f = mlxshim.checkpoint(lambda x, y: mx.sin(x) * mx.max(y))
+        return jvp(lambda x: f(x, y), [x], [mx.array(1.0)])[1][0]
+
+    x, y = mx.array(0.3), mx.array([1.0, 2.0])
+    same(grad(lambda y: tangent(x, y))(y), mx.array([0.0, 1.0]) * mx.cos(x))

@@ -27,12 +27,12 @@ from . import levels, native
 from .errors import NoBatchingRule
 from .interception import intercepted, original
 from .opaque import copies, in_front
-from .primitive import Arrays, Axes, Node, Primitive, full, mapped_size, several
-from .tangents import tied, tying
+from .primitive import Arrays, Axes, Node, Primitive, mapped_size, several
 
 Flat = Callable[..., list[mx.array]]
 Pull = Callable[[Arrays, Arrays, Arrays], list[mx.array]]
-Push = Callable[[Arrays, Arrays], list[mx.array]]
+Tangents = Sequence[mx.array | None]  # None where a primal has none
+Push = Callable[[Arrays, Tangents], list[mx.array]]
 
 
 class Custom:
@@ -64,7 +64,7 @@ class Custom:
 
         def jvp(inputs: Arrays, tangents: Any) -> list[mx.array]:
             inputs = several(inputs)
-            return self._pushed(inputs[:count], full(inputs, several(tangents))[:count])
+            return self._pushed(inputs[:count], several(tangents)[:count])
 
         @intercepted
         def vmap(inputs: Arrays, axes: Axes) -> tuple[list[mx.array], list[int]]:
@@ -89,7 +89,7 @@ class Custom:
         return self.pull(primals, cotangents, outputs)
 
     @intercepted
-    def _pushed(self, primals: Arrays, tangents: Arrays) -> list[mx.array]:
+    def _pushed(self, primals: Arrays, tangents: Tangents) -> list[mx.array]:
         used, self.used = self.used, True
         if used and self.again is not None:
             return pushed(self.again, primals, tangents)
@@ -116,11 +116,15 @@ class Custom:
                 for x, g, axis in zip(primals, grads, axes)
             ]
 
-        def push(primals: Arrays, tangents: Arrays) -> list[mx.array]:
-            def one(*arrays: mx.array) -> list[mx.array]:
-                return self.push(arrays[:count], arrays[count:])
+        def push(primals: Arrays, tangents: Tangents) -> list[mx.array]:
+            along = {i: t for i, t in enumerate(tangents) if t is not None}
 
-            return mapped(level, one, (*axes, *axes), (*primals, *tangents))
+            def one(*arrays: mx.array) -> list[mx.array]:
+                some = dict(zip(along, arrays[count:]))
+                return self.push(arrays[:count], [some.get(i) for i in range(count)])
+
+            arrays = (*primals, *along.values())
+            return mapped(level, one, (*axes, *(axes[i] for i in along)), arrays)
 
         def again(*primals: mx.array) -> list[mx.array]:
             assert self.again is not None
@@ -152,9 +156,14 @@ def pulled(fun: Flat, primals: Arrays, cotangents: Arrays) -> list[mx.array]:
     return replaced(zeros, at, native.vjp(body, [primals[i] for i in at], seeds)[1])
 
 
-def pushed(fun: Flat, primals: Arrays, tangents: Arrays) -> list[mx.array]:
-    """The tangents of the outputs that can have one, zeros for the others."""
-    at = [i for i, x in enumerate(primals) if is_inexact(x)]
+def pushed(fun: Flat, primals: Arrays, tangents: Tangents) -> list[mx.array]:
+    """The tangents of the outputs that can have one, zeros for the others.
+
+    What has no tangent is a constant: the derivative further out, of an operation's tangent along
+    zeros, may be refused.
+    """
+    along = {i: t for i, t in enumerate(tangents) if t is not None and is_inexact(primals[i])}
+    at = list(along)
 
     def of_inexact(*arrays: mx.array) -> list[mx.array]:
         return fun(*replaced(primals, at, arrays))
@@ -162,8 +171,7 @@ def pushed(fun: Flat, primals: Arrays, tangents: Arrays) -> list[mx.array]:
     if not at:
         return [mx.zeros_like(y) for y in fun(*primals)]
     body = levels.at_level("jvp", of_inexact)
-    given = tied([tangents[i] for i in at])
-    outputs, found = native.jvp(body, [primals[i] for i in at], list(given))
+    outputs, found = native.jvp(body, [primals[i] for i in at], list(along.values()))
     return [t if is_inexact(y) else mx.zeros_like(y) for y, t in zip(outputs, found)]
 
 
@@ -266,7 +274,7 @@ def mapped(
 
     in_axes: Any = axes if len(axes) > 1 else axes[first]
     try:
-        return tying(level, lambda: list(native.vmap(run, in_axes)(*arrays)))
+        return list(native.vmap(run, in_axes)(*arrays))
     except Exception as e:
         if not through or isinstance(e, (NoBatchingRule, TypeError)):
             raise

@@ -132,10 +132,11 @@ class _Module:
 
         setattr(self.patched, name, property(get_patched, put, delete))
 
+    def put_in(self) -> None:
+        self.owner.__class__ = self.replaced
 
-def _take_out() -> None:
-    for module in _modules.values():
-        module.owner.__class__ = module.patched if _blocks else module.plain
+    def take_out(self) -> None:
+        self.owner.__class__ = self.patched if _blocks else self.plain
 
 
 _table: dict[tuple[Any, str], Interception] = {}
@@ -255,7 +256,7 @@ def _enter(call: object) -> None:
         _calls[call] = threading.get_ident()
         if first:
             for module in _modules.values():
-                module.owner.__class__ = module.replaced
+                module.put_in()
             if not _types_replaced:
                 _replace_types()
 
@@ -267,7 +268,8 @@ def _leave(call: object, place: tuple[int, int, int, int]) -> None:
         return
     with _lock:
         if len(_calls) == 1:
-            _take_out()
+            for module in _modules.values():
+                module.take_out()
         del _calls[call]
 
 
@@ -294,7 +296,8 @@ def _blocks_changed() -> None:
     global _block_threads
     _block_threads = frozenset(_blocks.values())
     if not _calls:
-        _take_out()
+        for module in _modules.values():
+            module.take_out()
 
 
 def _after_fork() -> None:

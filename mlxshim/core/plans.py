@@ -36,7 +36,12 @@ class Noted:
         self.asked: Any = None
 
     def is_like(self, arrays: Sequence[mx.array]) -> bool:
-        return [(x.shape, x.dtype) for x in arrays] == self.inputs
+        if len(arrays) != len(self.inputs):
+            return False
+        for x, (shape, dtype) in zip(arrays, self.inputs):
+            if x.shape != shape or x.dtype != dtype:
+                return False
+        return True
 
 
 class Plan:

@@ -2,7 +2,8 @@
 
 * `mx.checkpoint`: its backward pass recomputes from inputs that wait for its outputs, by a node
   that has no batching rule. Here the wait is a primitive, and the recomputation a rule that is
-  mapped with the rest.
+  mapped with the rest. Its tangent takes arguments without one for constants, and derivatives of
+  the tangent are wrong: where the innermost level is a jvp the rule takes its place too.
 * `mx.custom_function`: under `grad(vmap(f))` MLX maps the function and forgets its derivative.
   Here the mapped function has the mapped derivative.
 * `mx.depends`: the mapped inputs wait for the mapped dependencies.
@@ -74,7 +75,7 @@ class _Call:
         )
         return [x for _, x in trees.leaves(outputs) if isinstance(x, mx.array)]
 
-    def by(self, pull: custom.Pull, level: levels.VmapLevel) -> Any:
+    def by(self, pull: custom.Pull, level: levels.VmapLevel | None) -> Any:
         """What the function returns, in the tree of its outputs, differentiated by rules."""
         # MLX gives what such a function has captured no derivative.
         given = [mx.stop_gradient(x) for x in self.arrays]
@@ -83,7 +84,7 @@ class _Call:
         exchange(self.containers, {id(x): y for x, y in zip(given, self.arrays)})
         rules = custom.Custom(pull, functools.partial(custom.pushed, self.again))
         watched: list[mx.array] = []
-        if custom.differentiated_from_outside():
+        if level is not None and custom.differentiated_from_outside():
             with unchanged(self.containers):
                 watched = custom.hidden(level, self._flat, self.arrays)
         results = iter(rules.bind(self.arrays, list(map(mx.stop_gradient, outputs)), watched))
@@ -97,7 +98,7 @@ def checkpoint(fun: Callable[..., Any]) -> Callable[..., Any]:
     # Bare like MLX's own, which has no name or signature either.
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         level = custom.innermost()
-        if level is None:
+        if level is None and levels.active()[-1:] != ["jvp"]:
             return native(*args, **kwargs)
         if "grad" not in levels.active():
             return fun(*args, **kwargs)  # nothing will be recomputed

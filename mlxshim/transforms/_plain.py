@@ -42,14 +42,13 @@ def plain_axes(args: tuple[Any, ...], in_axes: Any) -> tuple[int, Path, Any] | N
         elif spec is not None:
             if type(spec) is not int:
                 return None
-            try:
-                extent = x.shape[spec]
-            except IndexError:
+            shape = x.shape
+            if not -len(shape) <= spec < len(shape):
                 return None
-            if extent != size:
+            if shape[spec] != size:
                 if size >= 0:
                     return None
-                size, first = extent, (n,)
+                size, first = shape[spec], (n,)
     return None if size < 0 else (size, first, axes)
 
 

@@ -10,8 +10,7 @@ import mlx.core as mx
 
 from ..core import levels, trees
 from ..core.primitive import Node
-from ._collective import Collective, bind, dealt, in_range, level_of, names_of, no_groups
-from ._flat import as_arrays
+from ._collective import Collective, bind, dealt, level_of, names_of, no_groups
 
 # psum and its kin ------------------------------------------------------------------------------
 
@@ -157,11 +156,16 @@ def all_gather(
     level_of(axis_name, "all_gather")
 
     def one(leaf: mx.array) -> mx.array:
-        place = in_range(leaf, axis, "all_gather", "axis", new=not tiled)
+        ndim = leaf.ndim + (not tiled)
+        if not -ndim <= axis < ndim:
+            raise ValueError(
+                f"[all_gather] axis {axis} is out of range for an operand of shape {leaf.shape}."
+            )
+        place = axis % ndim
         gathered = bind(_gather(place), leaf, axis_name, "all_gather")
         return mx.flatten(gathered, place, place + 1) if tiled else gathered
 
-    return trees.map_leaves(one, as_arrays(x))
+    return trees.map_leaves(one, x)
 
 
 def psum_scatter(
@@ -196,11 +200,12 @@ def psum_scatter(
     size = level_of(axis_name, "psum_scatter").size
 
     def one(leaf: mx.array) -> mx.array:
-        name = "scatter_dimension"
-        parts, place = dealt(leaf, scatter_dimension, size, tiled, "psum_scatter", name)
-        return bind(_scatter(place), parts, axis_name, "psum_scatter")
+        place = dealt(leaf, scatter_dimension, size, tiled, "psum_scatter", "scatter_dimension")
+        if tiled:
+            leaf = mx.unflatten(leaf, place, (size, leaf.shape[place] // size))
+        return bind(_scatter(place), leaf, axis_name, "psum_scatter")
 
-    return trees.map_leaves(one, as_arrays(x))
+    return trees.map_leaves(one, x)
 
 
 # axis_index, axis_size ---------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing_extensions import ParamSpec
 
 from ..core import custom, trees
 from ..core.errors import ArgumentError
-from ..core.primitive import Arrays
+from ..core.primitive import Arrays, full
 from . import _flat
 from ._calls import RuledCall, WithRules, name_of, numbers
 
@@ -191,8 +191,8 @@ class _Call(RuledCall):
 
     # The rules.
 
-    def _push(self, primals: Arrays, tangents: Arrays) -> list[mx.array]:
-        tangents = self._ruled(primals, tangents)[1]
+    def _push(self, primals: Arrays, along: custom.Tangents) -> list[mx.array]:
+        tangents = self._ruled(primals, full(primals, along))[1]
         if [(t.shape, t.dtype) for t in tangents] != self.forms:
             raise ArgumentError(
                 f"[custom_jvp] The rule of {self.name} must return an output like the function's: "

@@ -165,7 +165,7 @@ class _Call(RuledCall):
         check_complex((*arrays, *cotangents), "custom_vjp")
         return [*map(mx.zeros_like, consts), *self.captured.call(consts, use)]
 
-    def _push(self, primals: Arrays, tangents: Arrays) -> list[mx.array]:
+    def _push(self, primals: Arrays, tangents: custom.Tangents) -> list[mx.array]:
         raise TypeError(
             f"[custom_vjp] {self.name} has a reverse mode and no forward mode (jvp, jacfwd, "
             "linearize): use vjp, grad or jacrev, or define it with custom_jvp, which has both."

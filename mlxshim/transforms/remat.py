@@ -158,5 +158,5 @@ class _Call:
         waiting = custom.wait(primals, [*cotangents, *outputs])
         return custom.pulled(self.flat, waiting, cotangents)
 
-    def _push(self, primals: Arrays, tangents: Arrays) -> list[mx.array]:
+    def _push(self, primals: Arrays, tangents: custom.Tangents) -> list[mx.array]:
         return custom.pushed(self.flat, primals, tangents)
