@@ -202,4 +202,112 @@ INPUTS = [
 ]
 ROUNDOFF, CALLS = 2**-24, 3
 """,
+    "a loop of no rounds, whose argument is written to": """
+def program(t):
+    def f(a, b, c):
+        v1 = t.fori_loop(1, b, lambda i, p: mx.sin(p), a)
+        a[0] = c
+        return [a, v1]
+
+    g = t.value_and_grad(f, [0])
+    return g
+
+
+INPUTS = [("normal", (2,), "float32"), ("integers", (), "int32"), ("normal", (), "float32")]
+ROUNDOFF, CALLS = 2**-24, 1
+""",
+    "a product of no entries, over two axes": """
+def program(t):
+    def f(a):
+        return [mx.prod(mx.tanh(a), axis=[0, 1])]
+
+    g = t.vmap(f, (0,), [0])
+    return g
+
+
+INPUTS = [("normal", (2, 2, 0, 2), "float32")]
+ROUNDOFF, CALLS = 2**-24, 1
+""",
+    "a sum of no entries in a branch": """
+def program(t):
+    def f(a, b, d):
+        return [t.cond(d > 1, lambda p: mx.sin(p), lambda p: p + 0.1 * mx.sum(a), b)]
+
+    g = t.vmap(f, (1, None, 0), [0])
+    return g
+
+
+INPUTS = [
+    ("normal", (0, 2, 2, 2), "float32"),
+    ("normal", (2,), "float32"),
+    ("integers", (2,), "int32"),
+]
+ROUNDOFF, CALLS = 2**-24, 1
+""",
+    "the tangent of a mean of no entries": """
+def program(t):
+    def f(a):
+        return [mx.array(a[None]).std()]
+
+    g = t.jvp(f, [0])
+    return g
+
+
+INPUTS = [("normal", (0,), "float32"), ("normal", (0,), "float32")]
+ROUNDOFF, CALLS = 2**-24, 1
+""",
+    "the second derivative of the absolute value of a complex number": """
+def program(t):
+    def f(a, b):
+        return [t.abs(a + 1j * b)]
+
+    g = t.value_and_grad(f, [0])
+    g = t.value_and_grad(g, [0])
+    return g
+
+
+INPUTS = [("normal", (2,), "float32"), ("normal", (2,), "float32")]
+ROUNDOFF, CALLS = 2**-24, 1
+""",
+    "the gradient of the tangent of what is recomputed": """
+def program(t):
+    def f(a, e):
+        return [t.recomputed(lambda p, q: mx.sin(p) * q)(e, a)]
+
+    g = t.jvp(f, [1])
+    g = t.value_and_grad(g, [0])
+    g = t.vmap(g, (0, None, None), [0, 0])
+    return g
+
+
+INPUTS = [("normal", (2,), "float32"), ("normal", (), "float32"), ("normal", (), "float32")]
+ROUNDOFF, CALLS = 2**-24, 1
+""",
+    "codes that multiply a cotangent": """
+def program(t):
+    def f(d):
+        v1 = mx.dequantize(*mx.quantize(d, group_size=32, bits=4), group_size=32, bits=4)
+        return [t.lightly_mapped(lambda p, q: mx.max(q) - mx.mean(p), (None, 1))(v1, v1)]
+
+    g = t.value_and_grad(f, [0])
+    return g
+
+
+INPUTS = [("normal", (2, 4, 32), "float32")]
+ROUNDOFF, CALLS = 2**-24, 1
+""",
+    "terms of a third derivative that cancel": """
+def program(t):
+    def f(d):
+        return [t.lightly_mapped(lambda p, q: mx.softmax(p + q, axis=-1), (3, 3))(d, d)]
+
+    g = t.value_and_grad(f, [0])
+    g = t.value_and_grad(g, [0])
+    g = t.value_and_grad(g, [0])
+    return g
+
+
+INPUTS = [("normal", (1, 2, 1, 4), "float32")]
+ROUNDOFF, CALLS = 2**-24, 1
+""",
 }

@@ -142,7 +142,7 @@ def draws(b: Builder):
 def recomputed(b: Builder):
     x = b.floating()
     y = b.partner(x)
-    wrap = b.choose(["mx.checkpoint", "mx.compile", "mx.custom_function"])
+    wrap = b.choose(["t.recomputed", "mx.compile", "mx.custom_function"])
     body = b.choose(["mx.sin(p) * q", "mx.tanh(p + q)", "mx.exp(-mx.square(p)) - q"])
     b.let(f"{wrap}(lambda p, q: {body})({x}, {y})")
 

@@ -183,9 +183,10 @@ def complex_numbers(b: Builder):
     forms = [
         "mx.real({z} * {z})",
         "mx.imag(mx.conj({z}) * (2 + 1j))",
-    ]  # no abs: MLX's second one is 0
+        "t.abs({z})",
+    ]
     # MLX's own gradient of exp, which the loop takes, is wrong before 0.32.4.
-    quotient = "{z} / (2 + mx.abs({z}))"
+    quotient = "{z} / (2 + t.abs({z}))"
     forms += [f"mx.real(mx.exp({quotient}))" if MLX >= (0, 32, 4) else f"mx.real({quotient})"]
     forms += ["mx.imag(mx.square({z}))"]
     b.let(b.choose(forms).format(z=z))

@@ -49,6 +49,33 @@ def test_what_has_failed_once(name: str):
     assert not verdict.no_case or MLX < (0, 32, 4)
 
 
+EMPTY = """
+def program(t):
+    def f(b, c, d):
+        return [mx.addmm(d, b, c), (d * (2.0 if t.__name__ == "Ours" else {factor}))]
+
+    g = t.vmap(f, (None, 1, -2), [0, 0])
+    g = t.vmap(g, (2, 2, 1), [0, 0])
+    g = t.value_and_grad(g, [2])
+    return g
+
+
+INPUTS = [
+    ("normal", (0, 4, 1, 2), "float32"),
+    ("normal", (0, 2, 1, 2, 1), "float32"),
+    ("normal", (1, 1, 1, 2, 1), "float32"),
+]
+ROUNDOFF, CALLS = 2**-24, 1
+"""
+
+
+def test_of_what_is_summed_over_nothing_the_rest_is_compared():
+    worker = Worker()
+    assert not worker.run(EMPTY.format(factor=2.0)).failure
+    assert worker.run(EMPTY.format(factor=3.0)).failure
+    worker.close()
+
+
 def test_what_differs_is_found_and_runs_as_it_stands(tmp_path):
     worker = Worker()
     said = worker.run(WRONG).failure

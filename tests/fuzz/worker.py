@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 from processes import Process
 
 _SOON = 10  # seconds
+#: So that the prelude can fill new memory.
+_MALLOC = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
 _EMPTY = re.compile(r"\((?:\d+, )*0[,)]")  # a shape with an axis of none
 
 
@@ -32,7 +34,7 @@ class Worker:
 
     def __init__(self, limit: float = 20) -> None:
         self.limit = limit
-        self._process = Process("fuzz.worker", limit=limit)
+        self._process = Process("fuzz.worker", limit=limit, environ=_MALLOC)
         self.close = self._process.close
 
     def run(self, program: str) -> Verdict:
