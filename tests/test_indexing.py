@@ -302,6 +302,7 @@ def test_second_derivatives_of_updates_at_a_mask():
         lambda x, i: x[i],
         lambda x, i: x[mx.array([[0], [1]])],
         lambda x, i: mx.take(x, i, axis=0),
+        lambda x, i: mx.take_along_axis(x, mx.reshape(i, (-1, 1)), axis=0),
         lambda x, i: mx.diagonal(x),
         lambda x, i: mx.diag(x),
         lambda x, i: mx.trace(x[None, :], axis1=0, axis2=1),
@@ -320,3 +321,8 @@ def test_an_index_of_an_array_without_entries_has_a_gradient(read: Any):
     assert vmap(grad(total), (0, None))(mx.zeros((3, 2, 0)), i).shape == (3, 2, 0)
     assert grad(lambda x: vmap(total, (None, 0))(x, i).sum())(x).shape == (2, 0)
     assert jvp(grad(lambda x: total(x, i)), [x], [x])[1][0].shape == (2, 0)
+    assert grad(lambda x: vmap(total, (0, None))(x, i).sum())(mx.zeros((3, 2, 0))).shape == (
+        3,
+        2,
+        0,
+    )

@@ -140,7 +140,7 @@ def put_along_axis(
 def take_along_axis(
     a: mx.array, /, indices: mx.array, axis: int | None = -1, *, stream: Any = None
 ) -> mx.array:
-    if "vmap" in levels.active() and indices.size == 0:
+    if "vmap" in levels.active() and 0 in (a.size, indices.size):
         # Its cotangent would have no mapped axis: mlx/ops.cpp, `scatter_add_axis`.
         a = mx.zeros(a.shape, a.dtype)
     return original(mx, "take_along_axis")(a, discrete(indices), axis, stream=stream)
