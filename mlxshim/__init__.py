@@ -50,6 +50,7 @@ from .transforms.linear import linearize as linearize
 from .transforms.linear import vjp as vjp
 from .transforms.patching import patched as patched
 from .transforms.remat import checkpoint as checkpoint
+from .transforms.remat import checkpoint_policies as checkpoint_policies
 from .transforms.remat import remat as remat
 from .transforms.scans import associative_scan as associative_scan
 from .transforms.scans import map as map
@@ -79,6 +80,7 @@ __all__ = [
     "axis_index",
     "axis_size",
     "checkpoint",
+    "checkpoint_policies",
     "cond",
     "custom_jvp",
     "custom_vjp",

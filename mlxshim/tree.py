@@ -212,11 +212,11 @@ def _mismatch(number: int, node: Any, other: Any, path: trees.Path) -> ValueErro
     )
 
 
-def ravel_pytree(tree: Any) -> tuple[mx.array, Callable[[mx.array], Any]]:
+def ravel_pytree(pytree: Any) -> tuple[mx.array, Callable[[mx.array], Any]]:
     """All arrays of a tree as one vector, and the function that makes a tree of such a vector.
 
     Args:
-        tree: A tree of arrays and numbers. The vector has their common dtype.
+        pytree: A tree of arrays and numbers. The vector has their common dtype.
 
     Returns:
         (the vector, `unravel`): `unravel(vector)` has the tree, the shapes and the dtypes.
@@ -236,7 +236,7 @@ def ravel_pytree(tree: Any) -> tuple[mx.array, Callable[[mx.array], Any]]:
 
     Semantics after `jax.flatten_util.ravel_pytree`.
     """
-    leaves, treedef = tree_flatten(tree)
+    leaves, treedef = tree_flatten(pytree)
     for leaf in leaves:
         if not isinstance(leaf, (mx.array, bool, int, float, complex)) and not hasattr(
             leaf, "__array__"

@@ -231,3 +231,20 @@ def test_what_has_no_tangent_is_constant_to_the_derivative_further_out():
 
     x, y = mx.array(0.3), mx.array([1.0, 2.0])
     same(grad(lambda y: tangent(x, y))(y), mx.array([0.0, 1.0]) * mx.cos(x))
+
+
+def test_policies_keep_everything_or_nothing():
+    policies, calls = mlxshim.checkpoint_policies, []
+
+    def block(x):
+        calls.append(x)
+        return mx.square(mx.sin(x))
+
+    for policy, count in (
+        (None, 2),
+        (policies.nothing_saveable, 2),
+        (policies.everything_saveable, 1),
+    ):
+        calls.clear()
+        mx.eval(grad(mlxshim.checkpoint(block, policy=policy))(mx.array(0.5)))
+        assert len(calls) == count

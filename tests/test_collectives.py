@@ -195,6 +195,9 @@ def test_errors_name_what_is_wrong():
         vmap(lambda x: psum_scatter(x, "i", scatter_dimension=1), axis_name="i")(xs)
     with pytest.raises(ValueError, match="out of range"):
         vmap(lambda x: all_gather(x, "i", axis=3), axis_name="i")(xs)
+    vmap(lambda x: all_gather(x, "i", to="varying"), axis_name="i")(xs)
+    with pytest.raises(ValueError, match="to must be 'varying', found 'reduced': leave it out"):
+        vmap(lambda x: all_gather(x, "i", to="reduced"), axis_name="i")(xs)
     with pytest.raises(ValueError, match=r"split_axis 0 .* cannot be dealt out to 4"):
         vmap(lambda x: all_to_all(x, "i", 0, 0), axis_name="i")(xs)
     with pytest.raises(ValueError, match="concat_axis 1 is out of range"):

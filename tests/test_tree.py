@@ -116,8 +116,8 @@ def test_ravel_against_jax(jax):
             "n": array(np.array([1, 2], np.int32)),
         }
 
-    vector, unravel = ravel_pytree(tree(mx.array))
-    want, theirs = jax.ravel(tree(jax.np.array))
+    vector, unravel = ravel_pytree(pytree=tree(mx.array))
+    want, theirs = jax.ravel(pytree=tree(jax.np.array))
     np.testing.assert_array_equal(np.array(vector), np.array(want))
     assert np.array(vector).dtype == want.dtype
     for a, b in zip(

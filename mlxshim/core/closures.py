@@ -47,12 +47,12 @@ class Closure:
         self._functions = [self._planned(f) for f in functions]
 
     def call(self, arrays: Sequence[mx.array], use: Callable[..., Any]) -> Any:
-        self._check("has been changed since")
+        self._check("has been changed since", "pass what it reads as an argument, or change a copy")
         made = _Made(arrays)
         try:
             result = use(*(made.of(plan) for plan in self._functions))
             made.check()
-            self._check("is changed by it")
+            self._check("is changed by it", _RETURN)
         finally:
             # What a trace has put there is of no use to anybody.
             for kept in self._kept.values():
@@ -60,10 +60,11 @@ class Closure:
                     kept.restore()
         return result
 
-    def _check(self, what: str) -> None:
+    def _check(self, what: str, remedy: str) -> None:
         for kept in self._kept.values():
             if kept.changed(self._logs):
-                raise _refusal(f"a {type(kept.thing).__name__} that a function has captured {what}")
+                kind = type(kept.thing).__name__
+                raise _refusal(f"a {kind} that a function has captured {what}", remedy)
 
     # What to make of a value: itself, or a `_Plan` of a copy.
 
@@ -135,8 +136,11 @@ _HARMLESS = (
 _EMPTY = object()
 
 
-def _refusal(what: str) -> NoBatchingRule:
-    return NoBatchingRule(f"{what}, so it cannot be traced once for all samples")
+_RETURN = "return the new value instead, in a loop as a part of what it carries"
+
+
+def _refusal(what: str, remedy: str) -> NoBatchingRule:
+    return NoBatchingRule(f"{what}, so it cannot be traced once for all samples: {remedy}")
 
 
 def _partial(function: Any, args: Any, keywords: Any) -> Any:
@@ -261,6 +265,6 @@ class _Made:
 
     def check(self) -> None:
         if any(cell.cell_contents is not content for cell, content in self._cells):
-            raise _refusal("a function assigns a variable that it has captured")
+            raise _refusal("a function assigns a variable that it has captured", _RETURN)
         if any(kept.changed() for kept in self._containers):
-            raise _refusal("a function changes a container that it has captured")
+            raise _refusal("a function changes a container that it has captured", _RETURN)

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..core import levels, trees
+from ..core.errors import ArgumentError
 from ..core.primitive import Node
 from ._collective import Collective, bind, dealt, level_of, names_of, no_groups
 
@@ -131,6 +132,7 @@ def all_gather(
     axis_index_groups: None = None,
     axis: int = 0,
     tiled: bool = False,
+    to: str = "varying",
 ) -> Any:
     """`x` of all samples, stacked along a new `axis` of the result; the same for each of them.
 
@@ -140,10 +142,11 @@ def all_gather(
         axis_index_groups: None, as in `psum`.
         axis: Where the samples go in the result.
         tiled: Concatenate along the existing `axis` instead.
+        to: "varying", JAX's default: its other types of a result are those of sharded arrays.
 
     Raises:
         NameError: no vmap in reach has that name.
-        ValueError: `axis` is out of range.
+        ValueError: `axis` is out of range, or `to` another word.
 
     Example:
         >>> import mlx.core as mx
@@ -153,6 +156,11 @@ def all_gather(
                [1, 3]], dtype=int32)
     """
     no_groups(axis_index_groups, "all_gather")
+    if to != "varying":
+        raise ArgumentError(
+            f"[all_gather] to must be 'varying', found {to!r}: leave it out, for what is gathered "
+            "is the same for all samples, and vmap's out_axes=None returns it once."
+        )
     level_of(axis_name, "all_gather")
 
     def one(leaf: mx.array) -> mx.array:

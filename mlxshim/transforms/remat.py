@@ -40,7 +40,8 @@ def checkpoint(
             waits for the outputs.
         concrete: Taken for JAX's sake.
         static_argnames: Taken for JAX's sake: nothing here has to be static.
-        policy: What to keep. Not built: NotImplementedError.
+        policy: What to keep: `checkpoint_policies.nothing_saveable`, the default, or
+            `checkpoint_policies.everything_saveable`, with which `fun` is returned as it is.
         static_argnums: Arguments that go along as they are, without a derivative.
 
     Returns:
@@ -51,6 +52,7 @@ def checkpoint(
         is written, with a `PerformanceWarning`.
 
     Raises:
+        NotImplementedError: another policy.
         TypeError: a derivative with respect to an array that `fun` uses and that is neither an
             argument nor captured in a variable, a container or a module.
 
@@ -68,15 +70,45 @@ def checkpoint(
     """
     if not callable(fun):
         raise ArgumentError(f"[checkpoint] fun must be a function, found {fun!r}.")
-    if policy is not None:
+    if policy not in (None, *_POLICIES):
         raise NotImplementedError(
-            "[checkpoint] policy is not built: everything is computed anew. Checkpoint the parts "
+            "[checkpoint] policy must be checkpoint_policies.nothing_saveable or "
+            "everything_saveable, for nothing here sees single operations. Checkpoint the parts "
             "of the function whose intermediates are not to be kept."
         )
-    return _Checkpointed(fun, numbers("checkpoint", fun, static_argnums))
+    static = numbers("checkpoint", fun, static_argnums)
+    keeps = policy is checkpoint_policies.everything_saveable
+    return fun if keeps else _Checkpointed(fun, static)
 
 
 remat = checkpoint
+
+
+class checkpoint_policies:
+    """What `checkpoint` keeps of a function, by JAX's names: everything, or its arguments alone.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> from mlxshim import checkpoint, checkpoint_policies, grad
+        >>> keeping = checkpoint(mx.square, policy=checkpoint_policies.everything_saveable)
+        >>> grad(keeping)(mx.array(3.0))
+        array(6, dtype=float32)
+
+    Source: `jax.checkpoint_policies`.
+    """
+
+    @staticmethod
+    def everything_saveable(*_: Any, **__: Any) -> bool:
+        """Nothing is computed anew, as without a checkpoint."""
+        return True
+
+    @staticmethod
+    def nothing_saveable(*_: Any, **__: Any) -> bool:
+        """The arguments are kept, and the rest is computed anew: the default."""
+        return False
+
+
+_POLICIES = (checkpoint_policies.everything_saveable, checkpoint_policies.nothing_saveable)
 
 
 class _Checkpointed:
