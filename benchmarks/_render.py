@@ -30,6 +30,12 @@ def number(row: Result, key: str, unit: str, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f} {unit}".strip()
 
 
+def seconds(row: Result, key: str) -> str:
+    """Three digits, from milliseconds to minutes."""
+    value = row.get(key)
+    return "" if value is None else f"{value:#.3g}".rstrip(".") + " s"
+
+
 def by_section(result: Result, key: str = "section") -> dict[str, list[Result]]:
     found: dict[str, list[Result]] = {}
     for row in result["rows"]:
@@ -159,7 +165,7 @@ def blocks(result: Result) -> str:
         (
             (
                 row["length"], "causal" if row["causal"] else "", row["path"],
-                number(row, "s", "s", 3) or row.get("no"), number(row, "cpu_s", "s", 3),
+                seconds(row, "s") or row.get("no"), seconds(row, "cpu_s"),
                 number(row, "mib", "MiB", 0),
             )
             for row in result["rows"]

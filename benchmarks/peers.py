@@ -7,8 +7,8 @@ Attention (forward, gradient, Hessian product), a norm's gradient, the per-sampl
 GPU where the task is a transformer's, else float32; on a CPU smaller, and one thread for each.
 
 Each contender runs in a process of its own, and in a new one after a crash. The run is over after
-`--minutes`: no contender may take more than twice its share of what is left, nor a task more than
-`--patience`. Every result is in the file as soon as it is there.
+`--minutes`: no contender may take more than half of what is left, no task more than `--patience`.
+Every result is in the file as soon as it is there.
 
 `alone` is the median of single calls, synchronised, and `best` the least of them, of which the
 ratios are; `piped` is a call's share of several that are waited for once. Memory is the peak above
@@ -255,8 +255,10 @@ def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
     for axis, task in zip(grid.flat, tasks):
         some = [r for r in rows if r["task"] == task and "ms" in r]
         names = [r["contender"] for r in some]
-        axis.barh(names[::-1], [r["best_ms"] for r in some][::-1])
-        axis.set(title=task, xlabel="ms, best", xscale="log")
+        bars = axis.barh(names[::-1], [r["best_ms"] for r in some][::-1])
+        axis.bar_label(bars, fmt="%.3g", padding=2)
+        axis.set(title=task, xlabel="ms, best")
+        axis.margins(x=0.2)
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -291,7 +293,8 @@ def main() -> None:
         left = deadline - time.perf_counter()
         shares = [SHARES[CONTENDERS[other]] for other in names[i:]]
         share = left * shares[0] / sum(shares)
-        limit = left if i == len(names) - 1 else min(2 * share, 0.6 * left)
+        # The first of MLX's compiles kernels that the others then find on the disk.
+        limit = left if i == len(names) - 1 else left / 2
         # Half of a share is for the start, compilation, inputs and warm-ups.
         seconds = min(2.0, max(0.05, share / 2 / len(tasks) / shares[0]))
         for row in results(name, tasks, seconds, limit, options.patience):
