@@ -59,7 +59,7 @@ def test_one_matrix_is_factorised_once():
 @pytest.mark.parametrize("shape", [(4,), (4, 3)])
 @pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
 def test_derivatives_of_solve_in_the_matrix(shape, axes):
-    """MLX has none outside a vmap; the formula's oracle is a product with a constant inverse."""
+    """MLX has none; the formula's oracle is a product with a constant inverse."""
     a = regular(3) if axes[0] == 0 else regular()
     b = rand(3, *shape) if axes[1] == 0 else rand(*shape)
     w = rand(*shape)
@@ -85,6 +85,32 @@ def test_derivatives_of_solve_in_the_matrix(shape, axes):
         in_axes=three + axes,
     )
     same(got(a, b, da, db), want(a, b, y, da, db), 1e-3)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 2), (1, 4, 2), (4, 2), (4,)])
+def test_derivatives_of_solve_outside_a_vmap(shape):
+    a = regular(3) if len(shape) == 3 else regular()
+    b, c = rand(*shape), rand(*a.shape)
+    y = la.inv(a, stream=cpu)
+
+    def solved(a):
+        return mx.sin(la.solve(a, b, stream=cpu)).sum()
+
+    def newton(a):
+        # Two steps from a constant inverse: the same value and first two derivatives.
+        x = 2 * y - y @ a @ y
+        return mx.sin((2 * x - x @ a @ x) @ b).sum()
+
+    same(grad(solved)(a), grad(newton)(a), 1e-3)
+    same(jvp(solved, [a], [c])[1][0], jvp(newton, [a], [c])[1][0], 1e-3)
+    got, want = (jvp(grad(f), [a], [c])[1][0] for f in (solved, newton))
+    same(got, want, 1e-2)
+    got, want = (grad(lambda a, f=f: (grad(f)(a) * c).sum())(a) for f in (solved, newton))
+    same(got, want, 1e-2)
+    many = mx.stack([a, a + 0.1 * c])
+    same(
+        grad(lambda a: vmap(solved)(a).sum())(many), mx.stack([grad(solved)(m) for m in many]), 1e-3
+    )
 
 
 def test_a_triangle_is_all_that_is_looked_at():

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from ..core import levels
 from ..core.opaque import copies, opaque_node
-from ..core.primitive import Arrays, Axes
+from ..core.primitive import Arrays, Axes, Node, full, several
 
 
 class Opaque:
@@ -47,12 +47,33 @@ class Opaque:
         self.shaped = shaped
         self.vjp, self.jvp = vjp or self._no_derivative, jvp or self._no_derivative
         self._node = functools.lru_cache(maxsize=512)(self._build_node)
+        self._plain_node = functools.lru_cache(maxsize=64)(self._build_plain_node)
 
     def __call__(self, *arrays: mx.array, **static: Any) -> list[mx.array]:
         vmaps = levels.vmaps()
         if not vmaps or vmaps[-1].mapped is None:
             return self.lowering(*arrays, **static)
         return self._node(**static)(vmaps[-1].mapped, *arrays)
+
+    def differentiable(self, *arrays: mx.array, **static: Any) -> list[mx.array]:
+        """Bind with no vmap around: the lowering's value, our derivatives in the place of MLX's."""
+        return list(several(self._plain_node(**static)(*arrays)))
+
+    def _build_plain_node(self, **static: Any) -> Callable[..., Any]:
+        def value(*arrays: mx.array) -> list[mx.array]:
+            return self.lowering(*map(mx.stop_gradient, arrays), **static)
+
+        def vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> list[mx.array]:
+            return self.vjp(several(primals), several(cotangents), several(outputs), **static)
+
+        def jvp(primals: Arrays, tangents: Any) -> list[mx.array]:
+            outputs = self.differentiable(*primals, **static)
+            return self.jvp(primals, full(primals, tangents), outputs, **static)
+
+        node = Node(value)
+        node.vjp(vjp)
+        node.jvp(jvp)
+        return node
 
     def _build_node(self, **static: Any) -> Callable[..., Any]:
         def batch(size: int, arrays: Arrays, axes: Axes) -> list[mx.array]:

@@ -5,7 +5,8 @@
 of (..., n, n) or (..., m, n). All take leading batch dimensions, so a rule moves the mapped axis
 to the front. Under MLX's own vmap the factorisations QR and LU have no rule (nor then have solve,
 det and slogdet of more than 3 rows), and the rule of the triangular inverse inverts the whole
-matrix, what lies across the diagonal included: wrong numbers.
+matrix, what lies across the diagonal included: wrong numbers. A derivative of solve with respect to
+the matrix MLX has not, with a vmap or without.
 
 Source: mlx/linalg.cpp, mlx/primitives.cpp (`Inverse::vmap`). Derivatives of solve: Giles, "An
 extended collection of matrix derivative results", 2008.
@@ -22,6 +23,7 @@ from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ._mlx_0_31 import matmul
 from ._opaque import Opaque
+from ._tracers import is_tracer
 
 
 def _raw(name: str, *arrays: mx.array, **static: Any) -> list[mx.array]:
@@ -135,7 +137,7 @@ def _solve_batch(size: int, arrays: Arrays, axes: Axes, stream: Any) -> list[mx.
             b = mx.expand_dims(b, -1)
         if b_axis is None:
             b = mx.broadcast_to(b, (size, *b.shape))
-        x = solve(a, b, stream=stream)[0] if a_axis is not None else _side_by_side(a, b, stream)
+        x = _bound(a, b, stream) if a_axis is not None else _side_by_side(a, b, stream)
         return [mx.squeeze(x, -1) if vector else x]
 
 
@@ -144,7 +146,7 @@ def _side_by_side(a: mx.array, b: mx.array, stream: Any) -> mx.array:
     samples, columns = b.shape[0], b.shape[-1]
     b = mx.moveaxis(b, 0, -1)
     b = mx.reshape(b, (*b.shape[:-2], columns * samples))
-    x = solve(a, b, stream=stream)[0]
+    x = _bound(a, b, stream)
     return mx.moveaxis(mx.reshape(x, (*x.shape[:-1], columns, samples)), -1, 0)
 
 
@@ -152,7 +154,7 @@ def _solve_vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays, stream: Any
     """B' = A^-T X',  A' = -B' X^T"""
     (a, b), x = primals, outputs[0]
     with mx.stream(stream):
-        to_b = solve(mx.swapaxes(a, -1, -2), cotangents[0], stream=stream)[0]
+        to_b = _bound(mx.swapaxes(a, -1, -2), cotangents[0], stream)
         if b.ndim == 1:
             return [-mx.expand_dims(to_b, -1) * x, to_b]
         return [_unbroadcast(-matmul(to_b, mx.swapaxes(x, -1, -2)), a), _unbroadcast(to_b, b)]
@@ -162,7 +164,7 @@ def _solve_jvp(primals: Arrays, tangents: Arrays, outputs: Arrays, stream: Any) 
     """dX = A^-1 (dB - dA X)"""
     with mx.stream(stream):
         rest = tangents[1] - _times(tangents[0], outputs[0])
-        return solve(primals[0], rest, stream=stream)
+        return [_bound(primals[0], rest, stream)]
 
 
 def _unbroadcast(x: mx.array, like: mx.array) -> mx.array:
@@ -177,6 +179,13 @@ solve = Opaque("linalg.solve", lowering=_solve, batch=_solve_batch, vjp=_solve_v
 @intercept(mx.linalg, "solve")
 def _call_solve(a: mx.array, b: mx.array, *, stream: Any = None) -> mx.array:
     raw = original(mx.linalg, "solve")(a, b, stream=stream)
-    if not levels.vmaps():
+    if not levels.active():
         return raw
-    return solve(a.astype(raw.dtype), b.astype(raw.dtype), stream=_place(stream))[0]
+    return _bound(a.astype(raw.dtype), b.astype(raw.dtype), _place(stream))
+
+
+def _bound(a: mx.array, b: mx.array, stream: Any) -> mx.array:
+    # Of the right-hand side alone MLX has the derivative, and factorises once for both passes.
+    if not levels.vmaps() and levels.differentiates() and is_tracer(a):
+        return solve.differentiable(a, b, stream=stream)[0]
+    return solve(a, b, stream=stream)[0]
