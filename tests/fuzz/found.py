@@ -310,4 +310,43 @@ def program(t):
 INPUTS = [("normal", (1, 2, 1, 4), "float32")]
 ROUNDOFF, CALLS = 2**-24, 1
 """,
+    "a branch that is not taken, which is not a number": """
+def program(t):
+    def f(a, b):
+        v0 = mx.cummax(a, axis=0, inclusive=False)
+        return [t.cond(b > 1, lambda p: p * mx.cos(v0), lambda p: mx.sin(p), a)]
+
+    g = t.value_and_grad(f, [0])
+    return g
+
+
+INPUTS = [("normal", (2,), "float32"), ("integers", (), "int32")]
+ROUNDOFF, CALLS = 2**-24, 1
+""",
+    "the tangent of what is taken from nothing": """
+def program(t):
+    def f(a, b):
+        return [mx.var(mx.take(a, b % 2, axis=0), axis=[0, 1])]
+
+    g = t.jvp(f, [0])
+    return g
+
+
+INPUTS = [("normal", (2, 0), "float32"), ("integers", (0,), "int32"), ("normal", (2, 0), "float32")]
+ROUNDOFF, CALLS = 2**-24, 1
+""",
+    "the gradient of a tangent that a checkpoint's other argument has not": """
+def program(t):
+    def f(c, f):
+        return [mx.max(f), mx.sin(c)]
+
+    g = t.checkpoint(f)
+    g = t.jvp(g, [0])
+    g = t.value_and_grad(g, [1])
+    return g
+
+
+INPUTS = [("normal", (2,), "float32"), ("normal", (2, 2), "float32"), ("normal", (2,), "float32")]
+ROUNDOFF, CALLS = 2**-24, 1
+""",
 }
