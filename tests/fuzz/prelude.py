@@ -400,6 +400,11 @@ def compare(program, kinds, *, roundoff=2**-24, calls=1, announce=print):
                 same = not isinstance(taken, Exception) and not isinstance(got, Exception)
                 if same and not _wrong(got, taken, roundoff, allowed):
                     continue
+                # Some of those of ours are numbers (docs/mlx-issues.md).
+                if same and "logcumsumexp" in _names(program.__code__):
+                    known = _where([~mx.isnan(w) for w in want], got, want)
+                    if not _wrong(known, want, roundoff, allowed):
+                        return "no case: a third derivative of logcumsumexp"
             again = "checkpoint" in program.__code__.co_names
             native = program(Recomputed if again else Natively)
             natively = _wrong(outcome(native, xs), want, roundoff)
@@ -412,6 +417,12 @@ def compare(program, kinds, *, roundoff=2**-24, calls=1, announce=print):
                 return "no case: where nothing is summed"
             return wrong
     return ""
+
+
+def _names(code):
+    """What a function and those inside it look up."""
+    inside = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return {*code.co_names, *(name for c in inside for name in _names(c))}
 
 
 def _wrong(got, want, roundoff, allowed=()):
@@ -443,7 +454,14 @@ def _filled(ours, xs, got, want):
         if not isinstance(again, Exception) and [y.shape for y in again] == [y.shape for y in got]:
             nan = [mx.logical_and(mx.isnan(a), mx.isnan(g)) for a, g in zip(again, got)]
             same = [mx.logical_and(s, (a == g) | n) for s, a, g, n in zip(same, again, got, nan)]
-    return [mx.where(s, g, w) if g.shape == w.shape else g for s, g, w in zip(same, got, want)]
+    return _where(same, got, want)
+
+
+def _where(masks, got, want):
+    return [
+        mx.where(m, g, w) if m.shape == g.shape == w.shape else g
+        for m, g, w in zip(masks, got, want)
+    ]
 
 
 _LIBC, _PERTURB = ctypes.CDLL(None), -6
