@@ -84,7 +84,8 @@ def _over_nothing(
     owner: Any, name: str, a: mx.array, axis: Any, keepdims: bool, *, stream: Any = None
 ) -> mx.array:
     out = original(owner, name)(a, axis, keepdims, stream=stream)  # for its shape and dtype
-    return mx.full(out.shape, _OF_NOTHING[name], out.dtype, stream=stream)
+    # To a bare number mx.full does not give the dtype bool.
+    return mx.full(out.shape, mx.array(_OF_NOTHING[name], out.dtype), stream=stream)
 
 
 def _summing(owner: Any, name: str) -> None:
