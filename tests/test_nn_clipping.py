@@ -35,10 +35,11 @@ def flat_clip(grads, bound):
     return clipped(grads, dict.fromkeys(grads, factor))
 
 
-@pytest.fixture(params=["by rows", "by gradients", "as it comes"])
+@pytest.fixture(params=["by rows", "by gradients", "kept", "as it comes"])
 def way(request, monkeypatch):
-    """Both ways to a norm, each forced, and the choice."""
+    """Each way to a norm forced, and the choice."""
     if request.param != "as it comes":
+        monkeypatch.setattr(_tape, "KEPT_TIMES", math.inf if request.param == "kept" else 0)
         by_rows = request.param == "by rows"
         monkeypatch.setattr(_parts, "_prefers_rows", lambda parameter: by_rows)
     if request.param == "by gradients":  # one sample at a time
@@ -192,7 +193,8 @@ def test_gradients_are_not_held():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_memory_is_that_of_a_batch(compiled):
-    model, data = deep_case(16, 64, 128, depth=32)
+    # Deep, for MLX queues ten operations, whatever these hold.
+    model, data = deep_case(16, 64, 128, depth=96)
     parameters = model.parameters()
 
     def ordinary(*data):
@@ -207,13 +209,13 @@ def test_memory_is_that_of_a_batch(compiled):
 
 
 def test_what_a_loss_is_made_of_is_not_held():
-    """Twelve arrays of logits, and their cotangents, are not in memory together."""
-    model = nn.Sequential(*(nn.Linear(16, 4096, bias=False) for _ in range(12)))
+    """24 arrays of logits, and their cotangents, are not in memory together."""
+    model = nn.Sequential(*(nn.Linear(16, 4096, bias=False) for _ in range(24)))
     loss = lambda m, x: sum(mx.logsumexp(layer(x), axis=-1).sum() for layer in m.layers)  # noqa: E731
     clip = clipped_grad(model, loss, 1.0)
     x = mx.random.normal((8, 16, 16))
     logits = 4 * 8 * 16 * 4096
-    assert peak(lambda x: clip(model, x), x) < 19 * logits
+    assert peak(lambda x: clip(model, x), x) < 36 * logits
 
 
 def test_rows_of_norms_are_not_held(monkeypatch):
@@ -225,11 +227,33 @@ def test_rows_of_norms_are_not_held(monkeypatch):
     assert peak(lambda x: clip(model, x), x) < 32 * x.nbytes
 
 
+def test_gradients_that_are_small_are_made_once(monkeypatch):
+    """They take no more memory than what they are made of: no product is left to do."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8, bias=False))
+    x = mx.random.normal((5, 12, 8))
+    data = x, mx.random.normal(x.shape)
+    _, grads = loop(model, squares_loss, data)
+    bound = float(flat_norm(grads).mean())
+    monkeypatch.setattr(_parts, "product_gradient", None)
+    _, got, norms = clipped_grad(model, squares_loss, bound)(model, *data)
+    close(norms, flat_norm(grads), 1e-4)
+    close_trees(got, flat_clip(grads, bound), 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+def test_weights_are_not_rounded(dtype):
+    weights = mx.full((3,), 0.5 + 0.49 / 256)  # 0.5 in bfloat16
+    gradients = mx.ones((3, 4, 2), dtype)
+    got = _parts._sum_of_kept(gradients, weights, _parts._halves(weights))
+    close(got.astype(mx.float32), mx.full((4, 2), 1.505742).astype(dtype).astype(mx.float32), 1e-6)
+
+
 def test_norms_take_turns(monkeypatch):
     """The gradients of one sample at a time."""
     monkeypatch.setattr(_parts, "HELD", 1)
     monkeypatch.setattr(_parts, "HELD_SHARE", 0)
     monkeypatch.setattr(_parts, "_prefers_rows", lambda parameter: False)
+    monkeypatch.setattr(_tape, "KEPT_TIMES", 0)
     rows, dim, samples, depth = 2, 256, 16, 32
     model, data = deep_case(samples, rows, dim, depth)
     norms = per_sample_norms(model, squares_loss)
@@ -257,6 +281,12 @@ def test_sums_of_squares_of_a_gpu(monkeypatch):
     )
     want = x.astype(mx.float32).square().sum(axis=(1, 2))
     monkeypatch.setattr(_parts._devices, "gpu", lambda *_: True)
-    got = _parts._sum_of_squares(x)
+    got = _parts._summed(_parts._sums_of_squares(x))
     assert got.dtype == mx.float32 and got.shape == (4,)
     close(got / want, mx.ones((4,)), 1e-3)
+
+
+def test_what_is_not_used_takes_no_memory():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(1024, 1024))
+    clip = clipped_grad(model, lambda m, x: m.layers[0](x).square().sum(), 1.0)
+    assert peak(lambda x: clip(model, x), mx.ones((8, 4))) < 3 * 4 * 1024**2

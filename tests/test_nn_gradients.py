@@ -386,3 +386,19 @@ def test_ensembles_of_models_have_samples_too():
     losses, grads = loop(together, loss, (ids,))
     close(got[0], losses)
     close_trees(got[1], grads, 1e-4)
+
+
+def test_a_gradient_inside_the_loss_of_layers_with_biases():
+    """Their rules inside a vmap, a gradient and a tangent that are within the loss."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 1))
+    data = mx.random.normal((5, 3, 4)), mx.random.normal((5, 3, 4))
+
+    def loss(model, x, v):
+        slope = lambda x: mlxshim.grad(lambda x: model(x).sum())(x).square().sum()  # noqa: E731
+        along = mlxshim.jvp(lambda x: model(x).sum(), (x[0],), (v[0],))[1]
+        return mlxshim.vmap(slope)(x).sum() + along.square()
+
+    got = per_sample_value_and_grad(model, loss)(model, *data)
+    want = loop(model, loss, data)
+    close(got[0], want[0])
+    close_trees(got[1], want[1], 1e-4)

@@ -17,8 +17,14 @@ def _linear(tape: Tape, layer: Any, x: mx.array) -> mx.array | None:
     weight = tape.find(layer.get("weight"))
     if weight is None:
         return None
-    y = weight.product(x)
-    return y + layer["bias"] if "bias" in layer else y
+    return _shifted(tape, layer, weight.product(x))
+
+
+def _shifted(tape: Tape, layer: Any, y: mx.array) -> mx.array:
+    if "bias" not in layer:
+        return y
+    bias = tape.find(layer["bias"])
+    return y + layer["bias"] if bias is None else bias.shift(y)
 
 
 def _embedding(tape: Tape, layer: Any, ids: Any) -> mx.array | None:
@@ -42,8 +48,7 @@ def _layer_norm(tape: Tape, layer: Any, x: mx.array) -> mx.array | None:
     weight = tape.find(layer.get("weight"))
     if weight is None:
         return None
-    y = weight.norm(x, "layer_norm", layer.eps)
-    return y + layer["bias"] if "bias" in layer else y
+    return _shifted(tape, layer, weight.norm(x, "layer_norm", layer.eps))
 
 
 _KNOWN: list[tuple[type, str, Callable[[Tape, Any, Any], Any]]] = [

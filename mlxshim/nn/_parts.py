@@ -12,9 +12,11 @@ inputs * outputs; whichever takes fewer multiplications is taken, a few samples 
 one parameter (a layer called several times, tied weights) are rows of one sum, so the cross terms
 are in it. The third line uses the parts again: one backward pass gives both norms and weighted sum
 (book-keeping: Bu et al. 2023, "Differentially private optimization on large model at small cost").
+Gradients that the tape kept, because their parts are larger, are read for both, and no product is
+left to do (the same paper's mixed optimization).
 
-All parts are in memory until the weights are known, as much as the forward pass held or less. What
-norms and sums hold besides is little, because they take turns (`_Turns`): left to itself, MLX
+What is kept is in memory until the weights are known, as much as the forward pass held or less.
+What norms and sums hold besides is little, because they take turns (`_Turns`): left to itself, MLX
 would begin with what is deepest in the graph, which is every layer's products.
 """
 
@@ -28,10 +30,11 @@ import mlx.core as mx
 
 from ..rules import _devices
 from ..rules._dtypes import HALVES
-from ._tape import Pair, Parameter
+from ._tape import Pair, Parameter, on_gpu, product_gradient
 
-#: What norms and weighted sums may hold at a time: this share of what the parts do, or these bytes.
-HELD_SHARE, HELD = 1 / 16, 32 * 2**20
+#: What norms and weighted sums may hold at a time: this share of what is kept, or these bytes. (A
+#: GPU is given several turns ahead, and none of their memory is free before it has done them.)
+HELD_SHARE, HELD = 1 / 32, 32 * 2**20
 
 
 class Run:
@@ -46,12 +49,13 @@ class Run:
             return [mx.zeros((0, *p.value.shape), p.value.dtype) for p in self.parameters]
         return [gradient(p, slice(0, self.size)) for p in self.parameters]
 
-    def squared_norms(self) -> list[mx.array]:
-        """For each parameter, of each sample: (samples,), float32."""
+    def squared_norms(self, each: bool) -> list[mx.array]:
+        """Of each sample, (samples,), float32: for each parameter, or one for the whole."""
         if not self.size:
-            return [mx.zeros((0,)) for _ in self.parameters]
+            return [mx.zeros((0,))] * (len(self.parameters) if each else 1)
         turns = self._turns()
-        return [squared_norm(p, self.size, turns) for p in self.parameters]
+        found = [_squares(p, self.size, turns) for p in self.parameters]
+        return [_summed(squares) for squares in found] if each else [_total(found)]
 
     def weighted_sums(self, weights: list[mx.array]) -> list[mx.array]:
         """For each parameter, the sum over samples, each times its weight; `weights` are
@@ -59,13 +63,19 @@ class Run:
         if not self.size:
             return [mx.zeros_like(p.value) for p in self.parameters]
         turns = self._turns()
+        halves = {id(w): _halves(w) for w in weights}
         return [
-            turns.take(_bytes_weighed(p), p, functools.partial(weighted_sum, weights=w))
+            turns.take(
+                _bytes_weighed(p),
+                p,
+                functools.partial(weighted_sum, weights=w, halves=halves[id(w)]),
+            )
             for p, w in zip(self.parameters, weights)
         ]
 
     def _turns(self) -> _Turns:
         held = sum(part.nbytes for p in self.parameters for pair in p.pairs for part in pair)
+        held += sum(p.kept.nbytes for p in self.parameters if p.kept is not None)
         return _Turns(max(HELD, int(HELD_SHARE * held)))
 
 
@@ -81,11 +91,14 @@ class _Turns:
         self, nbytes: int, parameter: Parameter, work: Callable[[Parameter], mx.array]
     ) -> mx.array:
         """`work(parameter)`, which holds so many bytes while it runs and returns few."""
+        if not nbytes:
+            return work(parameter)
         if self.now and self.bytes + nbytes > self.most:
             self.before, self.now, self.bytes = self.now, [], 0
         self.bytes += nbytes
-        self.now.append(work(parameter.waiting(self.before)))
-        return self.now[-1]
+        done = work(parameter.waiting(self.before) if self.before else parameter)
+        self.now.append(done)
+        return done
 
 
 # Gradients -------------------------------------------------------------------------------------
@@ -96,12 +109,13 @@ def gradient(parameter: Parameter, samples: slice) -> mx.array:
     value = parameter.value
     size = samples.stop - samples.start
     total: mx.array | None = None
-    if parameter.direct is not None:
-        total = _part(parameter.direct, samples, parameter)
+    for made in (parameter.direct, parameter.kept):
+        if made is not None:
+            made = _part(made, samples, parameter)
+            total = made if total is None else total + made
     for x, c in parameter.products:
         x, c = _part(x, samples, parameter), _part(c, samples, parameter)
-        # The dtype that the layer computed in, as a batch's gradient.
-        part = mx.matmul(mx.swapaxes(c, 1, 2), x.astype(c.dtype)).astype(value.dtype)
+        part = product_gradient(x, c, value.dtype)
         total = part if total is None else total + part
     for ids, c in parameter.lookups:
         if total is None:
@@ -119,12 +133,19 @@ def _part(x: mx.array, samples: slice, parameter: Parameter) -> mx.array:
 # Norms -----------------------------------------------------------------------------------------
 
 
-def squared_norm(parameter: Parameter, size: int, turns: _Turns) -> mx.array:
+def _squares(parameter: Parameter, size: int, turns: _Turns) -> mx.array:
+    """Of each sample: (samples, ...), to be summed."""
     if not parameter.pairs:
-        if parameter.direct is None:
+        if parameter.direct is None and parameter.kept is None:
             return mx.zeros((size,))
-        return _sum_of_squares(parameter.direct)
-    if parameter.direct is None and _prefers_rows(parameter):
+
+        def of_made(parameter: Parameter) -> mx.array:
+            return _sums_of_squares(gradient(parameter, slice(0, size)))
+
+        value = parameter.value
+        nbytes = 0 if _by_product(value.dtype, value.size) else 4 * size * value.size
+        return turns.take(nbytes, parameter, of_made)
+    if parameter.direct is None and parameter.kept is None and _prefers_rows(parameter):
         return turns.take(_bytes_by_rows(parameter), parameter, _by_rows)
     each = parameter.value.nbytes
     step = max(1, turns.most // max(1, each))
@@ -133,7 +154,7 @@ def squared_norm(parameter: Parameter, size: int, turns: _Turns) -> mx.array:
         samples = slice(i, min(i + step, size))
 
         def of_gradients(parameter: Parameter, samples: slice = samples) -> mx.array:
-            return _sum_of_squares(gradient(parameter, samples))
+            return _sums_of_squares(gradient(parameter, samples))
 
         found.append(turns.take(each * (samples.stop - i), parameter, of_gradients))
     return mx.concatenate(found) if len(found) > 1 else found[0]
@@ -190,26 +211,44 @@ def _gram(x: mx.array, y: mx.array) -> mx.array:
     return mx.matmul(x.astype(mx.float32), mx.swapaxes(y.astype(mx.float32), 1, 2))
 
 
-def _on_gpu(fun: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """Element-wise operations as one kernel on a GPU; elsewhere building one takes seconds."""
-    compiled = mx.compile(fun, shapeless=True)
-    return lambda *arrays: (compiled if _devices.gpu() else fun)(*arrays)
-
-
-@_on_gpu
+@on_gpu
 def _squared(x: mx.array) -> mx.array:
     return mx.square(x.astype(mx.float32))
 
 
-def _sum_of_squares(x: mx.array) -> mx.array:
-    """(samples, ...) -> (samples,), float32."""
-    if x.dtype == mx.bfloat16 and _devices.gpu() and x[:1].size % 128 == 0:
-        # In float32 each entry is written out before it is summed. A product accumulates in
-        # float32 and rounds the sums alone, of which a sample has 128: those on the diagonals.
-        rows = mx.reshape(x, (x.shape[0], 8, 16, -1))
-        sums = mx.matmul(rows, mx.swapaxes(rows, 2, 3)).astype(mx.float32)
-        return mx.sum(sums * mx.eye(16), axis=(1, 2, 3))
-    return mx.sum(mx.reshape(_squared(x), (x.shape[0], -1)), axis=1)
+def _sums_of_squares(x: mx.array) -> mx.array:
+    """(samples, ...) -> (samples,), float32, or matrices with the sums on their diagonals.
+
+    Squares would be written out before they are summed, in float32, and a CPU adds them up one by
+    one. A product of rows with themselves does neither: 128 sums of a sample, accumulated in
+    float32, of which those of bfloat16 are rounded.
+    """
+    if not _by_product(x.dtype, x.size // len(x)):
+        return mx.sum(mx.reshape(_squared(x), (x.shape[0], -1)), axis=1)
+    # A GPU multiplies no less than 16 rows at a time, of eight entries or a multiple.
+    rows = mx.reshape(x, (x.shape[0], *((8, 16) if _devices.gpu() else (128, 1)), -1))
+    return mx.matmul(rows, mx.swapaxes(rows, 2, 3))
+
+
+def _by_product(dtype: mx.Dtype, size: int) -> bool:
+    return dtype == (mx.bfloat16 if _devices.gpu() else mx.float32) and size % 1024 == 0
+
+
+def _summed(squares: mx.array) -> mx.array:
+    """What `_sums_of_squares` has found, (samples,)."""
+    if squares.ndim == 1:
+        return squares
+    diagonal = mx.eye(squares.shape[-1])
+    return mx.sum(squares.astype(mx.float32) * diagonal, axis=(1, 2, 3))
+
+
+def _total(squares: list[mx.array]) -> mx.array:
+    """The sum of what it has found of several arrays, (samples,)."""
+    diagonals = [s for s in squares if s.ndim > 1]
+    sums = [s for s in squares if s.ndim == 1]
+    if diagonals:
+        sums.append(_summed(mx.concatenate(diagonals, axis=1)))
+    return mx.sum(mx.stack(sums), axis=0)
 
 
 def _dot(x: mx.array, y: mx.array) -> mx.array:
@@ -219,12 +258,15 @@ def _dot(x: mx.array, y: mx.array) -> mx.array:
 # Weighted sums ---------------------------------------------------------------------------------
 
 
-def weighted_sum(parameter: Parameter, weights: mx.array) -> mx.array:
+def weighted_sum(parameter: Parameter, weights: mx.array, halves: mx.array) -> mx.array:
     """(*shape), in the parameter's dtype."""
     value = parameter.value
     total: mx.array | None = None
     if parameter.direct is not None:
         total = mx.sum(_weigh(parameter.direct, weights), axis=0)
+    if parameter.kept is not None:
+        part = _sum_of_kept(parameter.kept, weights, halves)
+        total = part if total is None else total + part
     for x, c in parameter.products:
         x = x.astype(c.dtype)
         if x.shape[-1] <= c.shape[-1]:
@@ -242,13 +284,28 @@ def weighted_sum(parameter: Parameter, weights: mx.array) -> mx.array:
     return mx.zeros_like(value) if total is None else total
 
 
+def _halves(weights: mx.array) -> mx.array:
+    """(2, samples): weights without their last bits, and those bits. A product of bfloat16, or of
+    float32 on a GPU, takes few bits, and a factor rounded up would clip to more than the bound."""
+    first = weights.astype(mx.bfloat16).astype(mx.float32)
+    return mx.stack([first, weights - first])
+
+
+def _sum_of_kept(gradients: mx.array, weights: mx.array, halves: mx.array) -> mx.array:
+    if gradients.dtype == mx.float16:  # has no range for small weights
+        return mx.sum(_weigh(gradients, weights), axis=0)
+    rows = mx.reshape(gradients, (gradients.shape[0], -1))
+    sums = mx.sum(mx.matmul(halves.astype(rows.dtype), rows), axis=0)
+    return mx.reshape(sums, gradients.shape[1:])
+
+
 def _bytes_weighed(parameter: Parameter) -> int:
     return sum(min(x.nbytes, c.nbytes) for x, c in parameter.products) + sum(
         c.nbytes for _, c in parameter.lookups
     )
 
 
-@_on_gpu
+@on_gpu
 def _times(x: mx.array, w: mx.array) -> mx.array:
     return (x.astype(mx.float32) * w).astype(x.dtype)
 

@@ -10,9 +10,12 @@ multiplies by the one matrix, all samples in one call, and writes down what the 
     linear         y = x W^T      (x, c): the gradient of a sample is c^T x over its rows
     lookup         y = W[ids]     (ids, c): row ids[t] of a sample's gradient gets c[t]
     norm           y = n(x) W     n(x) c, summed over rows: the gradient of a sample, which is small
+    bias           y = x + W      c, summed over rows
 
-with c the cotangent of y. What is not known, or is used another way (`model.embed.weight` read by
-hand, a layer inside a checkpoint), goes by the copies. Both parts together are the gradient.
+with c the cotangent of y. Where the gradient of a linear layer takes no more memory than x and c,
+as with long rows, it is made at once and they are not kept. What is not known, or is used another
+way (`model.embed.weight` read by hand, a layer inside a checkpoint), goes by the copies. All parts
+together are the gradient.
 
 After Goodfellow, "Efficient per-example gradient computations" (2015).
 """
@@ -39,13 +42,32 @@ from . import _state
 
 Pair = tuple[mx.array, mx.array]
 
+#: Samples' gradients are kept instead of what they are made of if they take at most this many times
+#: the memory: norms and sums then need no product again, and an x is often several layers'.
+KEPT_TIMES = 1.25
+
+
+def on_gpu(fun: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Element-wise operations as one kernel on a GPU; elsewhere building one takes seconds."""
+    compiled = mx.compile(fun, shapeless=True)
+    return lambda *arrays: (compiled if _devices.gpu() else fun)(*arrays)
+
+
+@on_gpu
+def _terms(x: mx.array, c: mx.array) -> mx.array:
+    return x.astype(mx.float32) * c.astype(mx.float32)
+
 
 class Parameter:
     """One trainable array, and what a run found out about it."""
 
-    def __init__(self, place: _state.Location, index: int, size: int, depth: int) -> None:
+    def __init__(
+        self, place: _state.Location, index: int, size: int, depth: int, last: list[mx.array]
+    ) -> None:
         self.place, self.index, self.size, self.depth = place, index, size, depth
         self.value = place.get()
+        #: What was made last of a cotangent, of whichever parameter of the run.
+        self._last = last
         #: The samples' copy inside the mapped function: what the module holds meanwhile; and an
         #: array that is differentiated with respect to, so that every node has a derivative.
         self.copy: Any = None
@@ -56,6 +78,8 @@ class Parameter:
         self.lookups: list[Pair] = []
         #: The gradients (samples, *shape) by the copies, if anything used them, and by norms.
         self.direct: mx.array | None = None
+        #: Those of the calls whose (x, c) would have taken more memory.
+        self.kept: mx.array | None = None
 
     def product(self, x: mx.array) -> mx.array:
         nodes = _nodes(self.depth, self.index)
@@ -64,6 +88,10 @@ class Parameter:
     def lookup(self, ids: mx.array) -> mx.array:
         nodes = _nodes(self.depth, self.index)
         return nodes.lookup(self.copy, self.copy, ids, self.value, self.seed)[0]
+
+    def shift(self, x: mx.array) -> mx.array:
+        nodes = _nodes(self.depth, self.index)
+        return nodes.shifted(self.copy, self.copy, x, self.value, self.seed)[0]
 
     def norm(self, x: mx.array, name: str, eps: float) -> mx.array:
         nodes = _nodes(self.depth, self.index)
@@ -75,25 +103,47 @@ class Parameter:
         x = _normalised(x, None, name, eps)
         return nodes.scaled(self.copy, self.copy, x, self.value, self.seed)[0]
 
-    def add_scale(self, x: mx.array, cotangent: mx.array, dx: mx.array) -> mx.array:
-        """The parameter multiplied each row of `x`; `dx`, to be computed after its gradients."""
-        terms = cotangent.astype(mx.float32) * x.astype(mx.float32)
+    def add_product(self, x: mx.array, c: mx.array) -> None:
+        """`x` was multiplied by the parameter, and `c` is the cotangent."""
+        x, c = _rows(x, 1), _rows(c, 1)
+        if self.size * self.value.nbytes > KEPT_TIMES * (x.nbytes + c.nbytes):
+            self.products.append((x, c))
+            return
+        gradients = product_gradient(x, c, self.value.dtype)
+        self.kept = gradients if self.kept is None else self.kept + gradients
+        self._last[:] = [gradients]
+
+    def add_scale(self, x: mx.array, c: mx.array) -> None:
+        """The parameter multiplied each row of `x`."""
+        self.add_rows(_terms(x, c))
+
+    def add_rows(self, terms: mx.array) -> None:
+        """The gradients are the sums over each sample's rows."""
         gradients = mx.sum(_rows(terms, 1), axis=1).astype(self.value.dtype)
         self.add(gradients)
-        return after([dx], [gradients])[0]
+        self._last[:] = [gradients]
+
+    def in_order(self, cotangent: mx.array) -> mx.array:
+        """To be used after what the run made last."""
+        return after([cotangent], self._last)[0]
 
     @property
     def pairs(self) -> list[Pair]:
         return self.products + self.lookups
 
     def waiting(self, others: list[mx.array]) -> Parameter:
-        """The same, whose parts are not computed with before `others` are there."""
-        if not (others and self.pairs):
-            return self
-        parts = after([part for pair in self.pairs for part in pair], others)
-        pairs, count = list(zip(parts[::2], parts[1::2])), len(self.products)
+        """The same, with nothing of which is computed before `others` are there."""
+        parts = [part for pair in self.pairs for part in pair]
+        made = [x for x in (self.direct, self.kept) if x is not None]
+        arrays = list(after([*parts, *made], others))
         found = copy.copy(self)
-        found.products, found.lookups = pairs[:count], pairs[count:]
+        pairs = list(zip(arrays[: len(parts) : 2], arrays[1 : len(parts) : 2]))
+        found.products, found.lookups = (
+            pairs[: len(self.products)],
+            pairs[len(self.products) :],
+        )
+        found.kept = arrays.pop() if self.kept is not None else None
+        found.direct = arrays.pop() if self.direct is not None else None
         return found
 
     def add(self, gradients: mx.array) -> None:
@@ -105,7 +155,8 @@ class Tape:
 
     def __init__(self, places: Sequence[_state.Location], size: int, depth: int) -> None:
         self.size, self.depth = size, depth
-        self.parameters = [Parameter(place, i, size, depth) for i, place in enumerate(places)]
+        last: list[mx.array] = []
+        self.parameters = [Parameter(place, i, size, depth, last) for i, place in enumerate(places)]
         self.seed: Any = None
         self._of_copy: dict[int, Parameter] = {}
 
@@ -175,9 +226,9 @@ def _recorded(depth: int, index: int) -> Parameter | None:
 
 # In order --------------------------------------------------------------------------------------
 #
-# MLX evaluates what nothing waits for last of all. The values of the losses, and the gradients of
-# scales, are small and made of large arrays (logits, the rows of a layer): they come first, and the
-# backward pass goes on when they are there.
+# MLX evaluates what nothing waits for last of all. The values of the losses are small and made of
+# logits: they come first, and the backward pass begins when they are there. What is made of a
+# cotangent and of what a layer was given frees both: before the next layer's cotangent is used.
 
 
 _known: Any = Node(lambda losses: losses)
@@ -216,6 +267,16 @@ class _Nodes:
             _scaled_vjp,
             _scaled_jvp,
         )
+        self.shifted = opaque_node(
+            lambda copy, x, bias, seed: [
+                placeholder(x.shape, x.dtype) if x.dtype == bias.dtype and x.ndim else x + bias
+            ],
+            functools.partial(self._batch, lambda: (self.shifted, self._shifts)),
+            _shifted_vjp,
+            _shifted_jvp,
+        )
+        self._shifts = Node(lambda x, bias, seed: x + bias)
+        self._shifts.vjp(self._record_shifted)
         self._scalings = Node(lambda x, weight, seed: x * weight)
         self._scalings.vjp(self._record_scaled)
         self._products = Node(lambda x, weight, seed: mx.matmul(x, mx.swapaxes(weight, 0, 1)))
@@ -237,13 +298,13 @@ class _Nodes:
     def _record_product(self, primals: Arrays, cotangent: mx.array, _: Any) -> list[mx.array]:
         x, weight, seed = primals
         parameter = _recorded(self.depth, self.index)
-        dx = mx.matmul(cotangent, weight).astype(x.dtype)
         if parameter is not None:
-            parameter.products.append((_rows(x, 1), _rows(cotangent, 1)))
-            return [dx, weight, seed]
+            cotangent = parameter.in_order(cotangent)
+            parameter.add_product(x, cotangent)
+            return [mx.matmul(cotangent, weight).astype(x.dtype), weight, seed]
         rows, flat = _rows(x, 0).astype(cotangent.dtype), _rows(cotangent, 0)
         dweight = mx.matmul(mx.swapaxes(flat, 0, 1), rows).astype(weight.dtype)
-        return [dx, dweight, mx.zeros_like(seed)]
+        return [mx.matmul(cotangent, weight).astype(x.dtype), dweight, mx.zeros_like(seed)]
 
     def _record_lookup(self, primals: Arrays, cotangent: mx.array, _: Any) -> list[mx.array]:
         ids, weight, seed = primals
@@ -258,11 +319,22 @@ class _Nodes:
     def _record_scaled(self, primals: Arrays, cotangent: mx.array, _: Any) -> list[mx.array]:
         x, weight, seed = primals
         parameter = _recorded(self.depth, self.index)
-        dx = (cotangent * weight).astype(x.dtype)
         if parameter is not None:
-            return [parameter.add_scale(x, cotangent, dx), weight, seed]
+            cotangent = parameter.in_order(cotangent)
+            parameter.add_scale(x, cotangent)
+            return [(cotangent * weight).astype(x.dtype), weight, seed]
         dweight = mx.sum(_rows(cotangent * x, 0), axis=0).astype(weight.dtype)
-        return [dx, dweight, mx.zeros_like(seed)]
+        return [(cotangent * weight).astype(x.dtype), dweight, mx.zeros_like(seed)]
+
+    def _record_shifted(self, primals: Arrays, cotangent: mx.array, _: Any) -> list[mx.array]:
+        x, bias, seed = primals
+        parameter = _recorded(self.depth, self.index)
+        if parameter is not None:
+            cotangent = parameter.in_order(cotangent)
+            parameter.add_rows(cotangent)
+            return [cotangent.astype(x.dtype), bias, seed]
+        dbias = mx.sum(_rows(cotangent, 0), axis=0).astype(bias.dtype)
+        return [cotangent.astype(x.dtype), dbias, mx.zeros_like(seed)]
 
     @functools.cache  # noqa: B019  (as long-lived as the nodes)
     def norm(self, name: str, eps: float) -> Any:
@@ -272,8 +344,10 @@ class _Nodes:
             x, weight, seed = primals
             parameter = _recorded(self.depth, self.index)
             if parameter is not None:
+                cotangent = parameter.in_order(cotangent)
+                parameter.add_scale(fused(x, None), cotangent)
                 (dx,) = native.vjp(lambda x: fused(x, weight), [x], [cotangent])[1]
-                return [parameter.add_scale(fused(x, None), cotangent, dx), weight, seed]
+                return [dx, weight, seed]
             return [*native.vjp(fused, [x, weight], [cotangent])[1], mx.zeros_like(seed)]
 
         def vjp_of_copy(primals: Arrays, cotangents: Arrays, _: Any) -> list[mx.array]:
@@ -319,6 +393,12 @@ def _normalised(x: mx.array, weight: mx.array | None, name: str, eps: float) -> 
     if name == "rms_norm":
         return mx.fast.rms_norm(x, weight, eps)
     return mx.fast.layer_norm(x, weight, None, eps)
+
+
+def product_gradient(x: mx.array, c: mx.array, dtype: mx.Dtype) -> mx.array:
+    """(samples, rows, inputs), (samples, rows, outputs) -> (samples, outputs, inputs)."""
+    # The dtype that the layer computed in, as a batch's gradient.
+    return mx.matmul(mx.swapaxes(c, 1, 2), x.astype(c.dtype)).astype(dtype)
 
 
 def _shape_of_product(x: mx.array, weight: mx.array) -> mx.array:
@@ -375,3 +455,15 @@ def _scaled_jvp(primals: Arrays, tangents: Arrays) -> list[mx.array]:
     copy, x, *_ = primals
     dcopy, dx, *_ = tangents
     return [dx * copy + x * dcopy]
+
+
+def _shifted_vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> list[mx.array]:
+    copy, x, bias, seed = primals
+    c = cotangents[0]
+    dcopy = mx.sum(_rows(c, 0), axis=0).astype(copy.dtype)
+    return [dcopy, c.astype(x.dtype), mx.zeros_like(bias), mx.zeros_like(seed)]
+
+
+def _shifted_jvp(primals: Arrays, tangents: Arrays) -> list[mx.array]:
+    dcopy, dx, *_ = tangents
+    return [dx + dcopy]

@@ -1,8 +1,9 @@
 """Norms of every sample's gradient, and the sum of the gradients each clipped to one.
 
-Neither holds the gradients of all samples: the parts that one backward pass writes down (inputs of
-the layers and cotangents of their outputs) give first the norms, then the weighted sum. See
-`_parts.py` for how, and whence.
+Neither needs the gradients of all samples: the parts that one backward pass writes down (inputs of
+the layers and cotangents of their outputs) give first the norms, then the weighted sum. A layer's
+gradients stand for its parts where those would take more memory. See `_parts.py` for how, and
+whence.
 """
 
 from __future__ import annotations
@@ -72,8 +73,7 @@ def per_sample_norms(
         samples = Samples(model, loss_fn, args, kwargs, in_axes, keepdims, traces)
         results, parts = [], []
         for run in _runs(samples, chunk_size):
-            squared = run.squared_norms()
-            norms = [mx.sqrt(s) for s in (squared if per_layer else [_total(squared)])]
+            norms = [mx.sqrt(s) for s in run.squared_norms(per_layer)]
             if run.size < samples.size:
                 _settle([*norms, *arrays_of(run.results)])
             results.append(run.results)
@@ -116,8 +116,9 @@ def clipped_grad(
     Raises:
         ValueError: a bound that is not positive, and as `per_sample_value_and_grad`.
 
-    The norms come from the same backward pass as the sum, which costs one product for each layer
-    more than the ordinary gradient of the batch; the gradients of all samples are never in memory.
+    The norms come from the same backward pass as the sum. Until they are known, a layer's inputs
+    and cotangents are kept, and multiplied twice; or its samples' gradients, where those take no
+    more memory (rows * (inputs + outputs) numbers a sample, against inputs * outputs).
 
     Example:
         >>> import mlx.core as mx
@@ -142,10 +143,9 @@ def clipped_grad(
         results, parts = [], []
         total: list[mx.array] | None = None
         for run in _runs(samples, chunk_size):
-            squared = run.squared_norms()
-            norms = [mx.sqrt(s) for s in (squared if per_layer else [_total(squared)])]
+            norms = [mx.sqrt(s) for s in run.squared_norms(per_layer)]
             factors = [bound / mx.maximum(norm, bound) for norm, bound in zip(norms, bounds)]
-            sums = run.weighted_sums(factors if per_layer else factors * len(squared))
+            sums = run.weighted_sums(factors if per_layer else factors * len(run.parameters))
             if run.size < samples.size:
                 # Many small ones are added up: in float32.
                 sums = [s.astype(mx.float32) for s in sums]
@@ -188,10 +188,6 @@ def _affordable(run: _parts.Run) -> int:
     if not each:
         return run.size
     return max(1, max(HELD_TIMES * everything, HELD_BYTES) // each)
-
-
-def _total(squared: list[mx.array]) -> mx.array:
-    return functools.reduce(mx.add, squared)
 
 
 def _check_bound(max_norm: Any, per_layer: bool) -> None:
