@@ -19,6 +19,7 @@ GPU = mx.default_device().type == mx.gpu
 def measure(fun: Thunk, repeats: int, seconds: float = 1.5) -> dict[str, float]:
     """Milliseconds of one call, alone and among others, and its peak MiB above the inputs.
 
+    About `seconds` for each of the two, unless a few calls take longer.
     On a CPU also those of the process's own, which other work on the machine does not lengthen.
     """
     mx.clear_cache()
@@ -37,16 +38,17 @@ def measure(fun: Thunk, repeats: int, seconds: float = 1.5) -> dict[str, float]:
         mx.synchronize()
         times.append((time.perf_counter() - begin) * 1e3)
         own.append((time.process_time() - before) * 1e3)
-    calls = 20 if statistics.median(times) < 50 else 3
+    median = statistics.median(times)
+    calls = 20 if median < 50 else 3
     shares = []
-    for _ in range(5 if calls == 20 else 1):
+    for _ in range(max(1, min(5, int(seconds * 1e3 / (calls * median)))) if calls == 20 else 1):
         begin = time.perf_counter()
         for _ in range(calls):
             mx.async_eval(fun())
         mx.synchronize()
         shares.append((time.perf_counter() - begin) * 1e3 / calls)
     found = {
-        "ms": statistics.median(times), "pipelined_ms": statistics.median(shares), "mib": peak,
+        "ms": median, "pipelined_ms": statistics.median(shares), "mib": peak,
     }  # fmt: skip
     return found if GPU else {**found, "own_ms": statistics.median(own)}
 

@@ -115,6 +115,23 @@ def scaling(result: Result) -> str:
         for name, one in result["series"].items()
     ]  # fmt: skip
     text = table(head, rows)
+    if result.get("chunks"):
+        head = ("tokens of a sample", "samples at a time", "time", "against all at once")
+        head += ("of it traces", "compiled by hand", "peak memory")
+        keys = ("ratio", "of_it_traces", "compiled")
+        text += (
+            f"\n\nGradient norms of {result['chunks'][0]['samples']} samples of a 4-layer "
+            "transformer by `chunk_size`, the medians of ratios within a round:\n\n"
+        ) + table(
+            head,
+            (
+                (
+                    row["length"], row["chunk"], number(row, "ms", "ms"),
+                    *(number(row, key, "x") for key in keys), number(row, "mib", "MiB", 0),
+                )
+                for row in result["chunks"]
+            ),
+        )  # fmt: skip
     if result.get("soak"):
         first, last = result["soak"][0], result["soak"][-1]
         text += (

@@ -172,7 +172,7 @@ def run(
             try:
                 if want is not None:
                     row["error"] = error_of(fun(), want)
-                row.update(measure(fun, options.repeats))
+                row.update(measure(fun, options.repeats, options.seconds))
             except Exception as error:
                 row["note"] = f"{type(error).__name__}: {error}"[:160]
         ms, piped, mib = (row.get(key, float("nan")) for key in ("ms", "pipelined_ms", "mib"))
@@ -219,6 +219,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dim", type=int, default=128 if GPU else 64)
     parser.add_argument("--dtype", default="bfloat16" if GPU else "float32")
     parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=1.5, help="for a contender's calls")
     parser.add_argument("--sections", default="forward,grad,grad-square,decode,trace")
     parser.add_argument("--memory-limit-gib", type=float, default=45.0 if GPU else 6.0)
     parser.add_argument("--only", help=argparse.SUPPRESS)
@@ -248,11 +249,11 @@ def main() -> None:
                 trace = json.loads(answer)
             else:
                 rows += json.loads(answer)
+            save(options.json, {**about, "rows": rows, "trace_us": trace})
     for name, times in trace.items():
         ratio = times["mlxshim"] / times["mx.vmap"]
         native, mine = times["mx.vmap"], times["mlxshim"]
         print(f"trace of {name:<16} mx {native:6.1f} us  mlxshim {mine:6.1f} us  {ratio:.2f}x")
-    save(options.json, {**about, "rows": rows, "trace_us": trace})
     if options.png:
         title = f"{about['device']}, MLX {mx.__version__}: {options.samples} samples, "
         title += f"{options.heads} heads, D={options.dim}, {options.dtype}, causal"

@@ -82,7 +82,10 @@ def measured(options: argparse.Namespace, **given: Any) -> dict[str, Any]:
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     command += ["--length", str(given["length"]), "--path", given["path"]]
     command += ["--causal"] * given["causal"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=options.timeout)
+    except subprocess.TimeoutExpired:
+        return {**given, "no": f"more than {options.timeout:.0f} s"}
     if done.returncode == 0:
         return {**given, **json.loads(done.stdout.splitlines()[-1])}
     words = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]

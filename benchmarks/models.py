@@ -278,7 +278,7 @@ def main() -> None:
             f"  error {row.get('error', float('nan')):.1e}  {row.get('note', '')}",
             flush=True,
         )
-    save(options.json, {**about, "rows": rows})
+        save(options.json, {**about, "rows": rows})
 
 
 if __name__ == "__main__":

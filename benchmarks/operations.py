@@ -185,6 +185,7 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--only", default="", help="names, or beginnings of them")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=1.5, help="for a contender's calls")
     options = parser.parse_args()
     about = announce("operations", describe_machine(), shape=[N, L, D], dtype=str(DTYPE))
     rows: list[dict[str, Any]] = []
@@ -202,7 +203,7 @@ def main() -> None:
                 got = [got] if isinstance(got, mx.array) else list(got)
                 want = want or got
                 row["error"] = error_of(got, [w.reshape(g.shape) for w, g in zip(want, got)])
-                row.update(measure(fun, options.repeats))
+                row.update(measure(fun, options.repeats, options.seconds))
             except Exception as error:
                 row["note"] = f"{type(error).__name__}: {error}"[:120]
             ms, piped, mib = (row.get(key, float("nan")) for key in ("ms", "pipelined_ms", "mib"))
@@ -211,7 +212,7 @@ def main() -> None:
                 f"  error {row.get('error', float('nan')):.1e}  {row.get('note', '')}",
                 flush=True,
             )
-    save(options.json, {**about, "rows": rows})
+        save(options.json, {**about, "rows": rows})
     if options.png:
         draw(rows, options.png, f"{about['device']}, MLX {mx.__version__}")
 

@@ -4,9 +4,11 @@
 
 Each series varies one size of vmap(grad) of attention, or of a transformer's per-sample gradients.
 The slope is that of the line through log(time) or log(memory) over the larger half of the sizes,
-next to what theory says: 1 is linear, 2 quadratic, 0 level. On a CPU time is the process's own. The
-soak makes 10 000 calls, half of them with a `vmap` made anew, and reads what MLX and the process
-hold on the way.
+next to what theory says: 1 is linear, 2 quadratic, 0 level. On a CPU time is the process's own.
+
+`chunks` runs all sizes of a chunk in turns, round after round, and compares those of one round:
+"of it traces" is what Python takes to trace the function once for each chunk. The soak makes 10 000
+calls, half of them with a `vmap` made anew, and reads what MLX and the process hold on the way.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import resource
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,24 +68,101 @@ def flat(tree: Any) -> list[mx.array]:
     return [x for child in (tree.values() if isinstance(tree, dict) else tree) for x in flat(child)]
 
 
-def transformer(layers: int, n: int, chunk: int | None = None, reduce: bool = False) -> Thunk:
+Grads = Callable[..., Any]
+
+
+def transformer(layers: int, n: int, length: int = 256 if GPU else 64) -> tuple[Grads, list[Any]]:
+    """The gradient of one sample of a transformer; its weights, and n samples."""
     shape = Shape(layers, 16, 4, 64, 2816, 256) if GPU else Shape(layers, 8, 2, 32, 512, 64)
-    tree, length = weights(shape, DTYPE), 256 if GPU else 64
+    tree = weights(shape, DTYPE)
     tokens, targets = (mx.random.randint(0, shape.vocabulary, (n, length)) for _ in "ab")
     mx.eval(tokens, targets)
 
     def loss(tree: Any, x: mx.array, y: mx.array) -> mx.array:
         return losses(tree, x[None], y[None], shape)[0]
 
-    grads = mlxshim.grad(loss)
+    return mlxshim.grad(loss), [tree, tokens, targets]
 
-    def norm(tree: Any, x: mx.array, y: mx.array) -> mx.array:
-        """One number for each sample: what is left of a gradient that nobody keeps."""
-        squares = [g.astype(mx.float32).square().sum() for g in flat(grads(tree, x, y))]
+
+def per_sample(layers: int, n: int) -> Thunk:
+    grads, arguments = transformer(layers, n)
+    fun = mlxshim.vmap(grads, in_axes=(None, 0, 0))
+    return lambda: flat(fun(*arguments))
+
+
+def norm_of(grads: Grads) -> Grads:
+    """One number for each sample: what is left of a gradient that nobody keeps."""
+
+    def norm(*arguments: Any) -> mx.array:
+        squares = [g.astype(mx.float32).square().sum() for g in flat(grads(*arguments))]
         return functools.reduce(mx.add, squares).sqrt()
 
-    fun = mlxshim.vmap(norm if reduce else grads, in_axes=(None, 0, 0), chunk_size=chunk)
-    return lambda: flat(fun(tree, tokens, targets))
+    return norm
+
+
+def norms(n: int, chunk: int) -> Thunk:
+    grads, arguments = transformer(4, n)
+    fun = mlxshim.vmap(norm_of(grads), in_axes=(None, 0, 0), chunk_size=chunk)
+    return lambda: [fun(*arguments)]
+
+
+# Chunks -----------------------------------------------------------------------------------------
+
+
+def chunks(n: int, length: int, seconds: float) -> list[dict[str, Any]]:
+    """chunk_size against all at once, and against chunks compiled by hand, in turns."""
+    grads, (tree, tokens, targets) = transformer(4, n, length)
+    norm = norm_of(grads)
+    whole = mlxshim.vmap(norm, in_axes=(None, 0, 0))
+    compiled = mx.compile(whole)
+    sizes = [c for c in powers(0, 20) if c <= n]
+    parts = {c: [slice(i, i + c) for i in range(0, n, c)] for c in sizes}
+    chunked = {c: mlxshim.vmap(norm, in_axes=(None, 0, 0), chunk_size=c) for c in sizes}
+
+    def by_hand(c: int) -> None:
+        for part in parts[c]:
+            mx.eval(compiled(tree, tokens[part], targets[part]))
+
+    clock = time.perf_counter if GPU else time.process_time
+
+    def timed(fun: Callable[[], object]) -> float:
+        begin = clock()
+        fun()
+        mx.synchronize()
+        return (clock() - begin) * 1e3
+
+    times: dict[int, list[tuple[float, float, float]]] = {c: [] for c in sizes}
+    peaks: dict[int, float] = {}
+    start = time.perf_counter()
+    while len(times[n]) < 4 or time.perf_counter() - start < seconds:
+        for c in sizes:
+            active = mx.get_active_memory()
+            mx.reset_peak_memory()
+            # Once before it counts: buffers of another size are of no use to this one.
+            for _ in range(2):
+                took = timed(lambda c=c: mx.eval(chunked[c](tree, tokens, targets)))
+            peaks[c] = (mx.get_peak_memory() - active) / 2**20
+            trace = timed(lambda c=c: [whole(tree, tokens[p], targets[p]) for p in parts[c]])
+            times[c].append((took, trace, timed(lambda c=c: by_hand(c))))
+    rounds = range(1, len(times[n]))  # the first warms up, and compiles
+
+    def ratio(c: int, which: int) -> float:
+        """To all at once, of the same round."""
+        return statistics.median(times[c][r][which] / times[n][r][0] for r in rounds)
+
+    return [
+        {
+            "length": length,
+            "samples": n,
+            "chunk": c,
+            "ms": statistics.median(times[c][r][0] for r in rounds),
+            "ratio": ratio(c, 0),
+            "of_it_traces": ratio(c, 1),
+            "compiled": ratio(c, 2),
+            "mib": peaks[c],
+        }
+        for c in sizes
+    ]
 
 
 def powers(first: int, last: int) -> list[int]:
@@ -119,24 +199,17 @@ def series() -> dict[str, tuple[str, str, Callable[[], Iterator[Point]]]]:
         "depth": (
             "layers",
             "time 1, memory 1",
-            lambda: ((n, transformer(n, 4)) for n in powers(0, 4)),
+            lambda: ((n, per_sample(n, 4)) for n in powers(0, 4)),
         ),
         "nesting": (
             "vmaps around the same 16 samples",
             "time 0, memory 0",
             lambda: ((d, nested(d)) for d in (1, 2, 3, 4)),
         ),
-        "chunk_size": (
-            f"samples of {samples} at a time",
-            "time 0, memory 1",
-            lambda: (
-                (c, transformer(4, samples, c, True)) for c in powers(1, int(math.log2(samples)))
-            ),
-        ),
         "batch in chunks of 4": (
             "samples",
             "time 1, memory 0",
-            lambda: ((n, transformer(4, n, 4, True)) for n in powers(2, int(math.log2(samples)))),
+            lambda: ((n, norms(n, 4)) for n in powers(2, int(math.log2(samples)))),
         ),
     }
 
@@ -195,6 +268,15 @@ def draw(result: dict[str, Any], path: str, title: str) -> None:
         axis.set(title=name, xlabel=one["varies"], xscale="log", yscale="log")
         axis.grid(alpha=0.3)
         axis.legend()
+    axis = grid.flat[-2]
+    for length in dict.fromkeys(r["length"] for r in result["chunks"]):
+        some = [r for r in result["chunks"] if r["length"] == length]
+        axis.plot([r["chunk"] for r in some], [r["ratio"] for r in some], "o-", label=f"L {length}")
+    if result["chunks"]:
+        axis.set(title="chunk_size", xlabel="samples at a time", xscale="log")
+        axis.set(ylabel="time against all at once", ylim=(0, None))
+        axis.axhline(1.1, color="gray", lw=0.8)
+        axis.legend()
     if result["soak"]:
         axis = grid.flat[-1]
         for key in ("mlx_mib", "process_mib"):
@@ -211,7 +293,7 @@ def draw(result: dict[str, Any], path: str, title: str) -> None:
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--minutes", type=float, default=2.0)
-    parser.add_argument("--only", default="", help="series, or soak")
+    parser.add_argument("--only", default="", help="series, chunks or soak")
     parser.add_argument("--calls", type=int, default=10_000, help="of the soak")
     options = parser.parse_args()
     about = announce(
@@ -220,8 +302,8 @@ def main() -> None:
         dtype=str(DTYPE),
         attention={"n": N, "heads": HEADS, "kv_heads": KV_HEADS, "length": LENGTH, "dim": DIM},
     )
-    wanted = options.only.split(",") if options.only else [*series(), "soak"]
-    result: dict[str, Any] = {**about, "series": {}, "soak": []}
+    wanted = options.only.split(",") if options.only else [*series(), "chunks", "soak"]
+    result: dict[str, Any] = {**about, "series": {}, "chunks": [], "soak": []}
     seconds = options.minutes * 60 / 60
     for name, (varies, theory, points) in series().items():
         if name not in wanted:
@@ -242,6 +324,15 @@ def main() -> None:
         result["series"][name] = {
             "varies": varies, "theory": theory, "slopes": slopes, "rows": rows,
         }  # fmt: skip
+    for length in ((64, 256, 1024) if GPU else (16, 64, 256)) if "chunks" in wanted else ():
+        for row in chunks(64 if GPU else 16, length, seconds * 6):
+            result["chunks"].append(row)
+            print(
+                f"L {length:5d}, {row['chunk']:3d} at a time {row['ms']:10.3f} ms, "
+                f"{row['ratio']:.2f} of all at once, of it traces {row['of_it_traces']:.2f}; "
+                f"compiled by hand {row['compiled']:.2f}; {row['mib']:8.2f} MiB",
+                flush=True,
+            )
     if "soak" in wanted:
         begin = time.perf_counter()
         result["soak"] = soak(options.calls)

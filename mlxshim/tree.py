@@ -241,9 +241,7 @@ def ravel_pytree(pytree: Any) -> tuple[mx.array, Callable[[mx.array], Any]]:
         if not isinstance(leaf, (mx.array, bool, int, float, complex)) and not hasattr(
             leaf, "__array__"
         ):
-            raise TypeError(
-                f"[ravel_pytree] The leaf {leaf!r} of type {type(leaf).__name__} is no array."
-            )
+            raise TypeError(f"[ravel_pytree] The leaf, {trees.describe(leaf)}, is no array.")
     arrays = [x if isinstance(x, mx.array) else mx.array(x) for x in leaves]
     shapes, dtypes = [x.shape for x in arrays], [x.dtype for x in arrays]
     if not arrays:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import mlxshim
@@ -177,6 +178,20 @@ def test_trees():
     close(got["a"][0], xs.sum(0))
     close(got["b"][0][0], 2 * xs.sum(0))
     close(got["b"][1][0], mx.array(float(N)))
+
+
+@pytest.mark.parametrize("f", [psum, all_gather, pmax])
+def test_numbers_are_arrays(f):
+    xs = mx.ones((N,))
+    want = vmap(lambda x: f(2 * x, "i"), axis_name="i")(xs)
+    close(vmap(lambda x: x * f(2.0, "i"), axis_name="i")(xs), want)
+
+
+@pytest.mark.parametrize("f", [lambda x: psum_scatter(x, "i"), lambda x: all_to_all(x, "i", 0, 0)])
+def test_arrays_of_numpys_are_arrays(f):
+    xs, shared = mx.ones((N,)), np.arange(N, dtype=np.float32)
+    want = vmap(lambda x: x * f(mx.array(shared)), axis_name="i")(xs)
+    close(vmap(lambda x: x * f(shared), axis_name="i")(xs), want)
 
 
 def test_errors_name_what_is_wrong():

@@ -10,7 +10,7 @@ import mlx.nn as nn
 import pytest
 
 import mlxshim
-from mlxshim import grad, jvp, linear_transpose, linearize, value_and_grad, vjp, vmap
+from mlxshim import checkpoint, grad, jvp, linear_transpose, linearize, value_and_grad, vjp, vmap
 from mlxshim.core.versions import MLX
 from mlxshim.testing import loop
 
@@ -239,6 +239,22 @@ def test_tangents_of_a_product_of_which_any_are_mapped(place):
     close(got, loop(tangent, place)(*arrays))
     again = vmap(lambda *xs: vmap(tangent, (None,) * 4, axis_size=2)(*xs), in_axes=place)(*arrays)
     assert again.shape == (2, 2, 4, 3)
+
+
+@pytest.mark.parametrize("place", MAPPED, ids=str)
+@pytest.mark.parametrize("argnum", [0, 1])
+def test_tangents_of_a_product_in_a_checkpoint_of_which_one_argument_has_one(place, argnum):
+    """The other's is zero, which no vmap maps."""
+
+    def tangent(a, b, ta, tb):
+        def of_one(x):
+            return checkpoint(lambda a, b: mx.tanh(a @ b))(*((x, b), (a, x))[argnum])
+
+        return jvp(of_one, [(a, b)[argnum]], [(ta, tb)[argnum]])[1][0]
+
+    shapes = ((4, 5), (5, 3)) * 2
+    arrays = [mx.random.normal(s if axis is None else (2, *s)) for s, axis in zip(shapes, place)]
+    close(vmap(tangent, place, fallback="error")(*arrays), loop(tangent, place)(*arrays))
 
 
 def test_shared_tangents_where_one_is_mapped_by_an_outer_vmap_alone():

@@ -221,6 +221,10 @@ def test_a_call_in_other_words_is_another_call(monkeypatch):
         want = mx.grad(by_loop)(q)
         assert mx.allclose(got, want, rtol=5e-2, atol=5e-2), words
     assert any(told) and not all(told)
+    told.clear()
+    with mlxshim.attention_budget(0):
+        mapped(q, k, v, mask)
+    assert told and not any(told)
 
 
 def _quantized(x, w, s, i, turn):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
+import io
 import threading
 
 import mlx.core as mx
@@ -16,6 +18,11 @@ from mlxshim import grad, vmap
 from mlxshim.core import interception
 
 Pair = collections.namedtuple("Pair", "a b")
+
+
+@dataclasses.dataclass
+class Record:
+    w: object
 
 
 def rand(*shape):
@@ -156,6 +163,13 @@ def test_zero_and_one_sample():
         (lambda: vmap(lambda x: [])(rand(2)), ["no array"]),
         (lambda: vmap(lambda x: (x, "text"))(rand(2)), ["[1]", "text", "str"]),
         (lambda: vmap(lambda x: "text")(rand(2)), ["'text'", "str"]),
+        (lambda: vmap(lambda x: x)(np.array(["a", "b"])), ["Nothing is mapped"]),
+        (
+            lambda: vmap(lambda d: d["x"])({"x": rand(2), "r": Record([rand(2)])}),
+            ["d['r']", "dataclass, Record", "w holds arrays", "in_axes=None"],
+        ),
+        # Printing it would read the array in it: a loop, and its warning.
+        (lambda: vmap(lambda x: Record(x))(rand(2)), ["an object of type Record"]),
         (lambda: vmap(lambda x: x, out_axes=2)(rand(2, 3)), ["out_axes", "2", "(3,)"]),
         (lambda: vmap(lambda x: (x, x), out_axes=(0,))(rand(2)), ["out_axes", "tuple of 2"]),
         (lambda: vmap(lambda x: x, out_axes=None)(rand(2)), ["out_axes is None", "depends"]),
@@ -168,6 +182,12 @@ def test_errors_say_what_is_wrong(call, words):
     assert message.startswith("[vmap]")
     for word in words:
         assert word in message, message
+
+
+def test_objects_that_samples_share_are_handed_through():
+    x, shared = rand(3, 2), Record(rand(2))
+    same(vmap(lambda x, r: x * r.w, in_axes=(0, None))(x, shared), x * shared.w)
+    same(vmap(lambda x, r: x * r.w)(x, Record(2.0)), x * 2)  # no arrays, nothing to map
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, GeneratorExit])
@@ -252,6 +272,30 @@ def test_an_output_may_be_there_twice():
     twice = vmap(lambda x: [x, x], in_axes=1)(xs)
     assert [y.shape for y in twice] == [(3, 2, 5), (3, 2, 5)]
     assert mx.array_equal(twice[0], twice[1]).item()
+
+
+@pytest.mark.parametrize("tree", [list, tuple, lambda ys: {"a": ys[0], "b": list(ys[1:])}])
+def test_outputs_come_in_the_tree_of_the_function(tree):
+    """Those of another shape than all before need not be told apart, and are no further nodes."""
+    xs = mx.random.normal((2, 3, 5))
+
+    def f(x):
+        return tree([x, x.reshape(x.shape), x[:2], x.sum(), mx.sum(x)])
+
+    def look(x):
+        return tree([x + 1, x.sum(axis=0), x[:2]])
+
+    for axis in (0, 1):
+        out_axes = 0 if axis == 0 else -1
+        got = vmap(f, in_axes=axis, out_axes=out_axes)(xs)
+        want = [f(x) for x in mx.moveaxis(xs, axis, 0)]
+        assert type(got) is type(want[0])
+        columns = zip(*(mlxshim.tree_leaves(sample) for sample in want))
+        for y, column in zip(mlxshim.tree_leaves(got), columns):
+            same(y, mx.stack(list(column), axis=out_axes))
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *mlxshim.tree_leaves(vmap(look)(xs)))
+    assert "Transpose" not in graph.getvalue()
 
 
 def test_an_unmapped_array_is_not_changed_in_place():

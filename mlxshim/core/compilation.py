@@ -100,12 +100,14 @@ def _is_on() -> bool:
     probe = _probe
     if THREAD_CACHE_BUG and threading.current_thread() is not threading.main_thread():
         probe = mx.compile(_note)
+    probe()
+    if not _calls:
+        return True
     _calls.clear()
     probe()
-    if _calls:
-        _calls.clear()
-        probe()
-    return not _calls
+    on = not _calls
+    _calls.clear()
+    return on
 
 
 _calls: list[None] = []

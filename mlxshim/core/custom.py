@@ -28,6 +28,7 @@ from .errors import NoBatchingRule
 from .interception import intercepted, original
 from .opaque import copies, in_front
 from .primitive import Arrays, Axes, Node, Primitive, mapped_size, several
+from .tangents import tied, tying
 
 Flat = Callable[..., list[mx.array]]
 Pull = Callable[[Arrays, Arrays, Arrays], list[mx.array]]
@@ -171,7 +172,8 @@ def pushed(fun: Flat, primals: Arrays, tangents: Tangents) -> list[mx.array]:
     if not at:
         return [mx.zeros_like(y) for y in fun(*primals)]
     body = levels.at_level("jvp", of_inexact)
-    outputs, found = native.jvp(body, [primals[i] for i in at], list(along.values()))
+    given = tied(list(along.values()))
+    outputs, found = native.jvp(body, [primals[i] for i in at], list(given))
     return [t if is_inexact(y) else mx.zeros_like(y) for y, t in zip(outputs, found)]
 
 
@@ -274,7 +276,7 @@ def mapped(
 
     in_axes: Any = axes if len(axes) > 1 else axes[first]
     try:
-        return list(native.vmap(run, in_axes)(*arrays))
+        return tying(level, lambda: list(native.vmap(run, in_axes)(*arrays)))
     except Exception as e:
         if not through or isinstance(e, (NoBatchingRule, TypeError)):
             raise

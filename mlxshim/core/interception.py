@@ -132,11 +132,10 @@ class _Module:
 
         setattr(self.patched, name, property(get_patched, put, delete))
 
-    def put_in(self) -> None:
-        self.owner.__class__ = self.replaced
 
-    def take_out(self) -> None:
-        self.owner.__class__ = self.patched if _blocks else self.plain
+def _take_out() -> None:
+    for module in _modules.values():
+        module.owner.__class__ = module.patched if _blocks else module.plain
 
 
 _table: dict[tuple[Any, str], Interception] = {}
@@ -256,7 +255,7 @@ def _enter(call: object) -> None:
         _calls[call] = threading.get_ident()
         if first:
             for module in _modules.values():
-                module.put_in()
+                module.owner.__class__ = module.replaced
             if not _types_replaced:
                 _replace_types()
 
@@ -268,8 +267,7 @@ def _leave(call: object, place: tuple[int, int, int, int]) -> None:
         return
     with _lock:
         if len(_calls) == 1:
-            for module in _modules.values():
-                module.take_out()
+            _take_out()
         del _calls[call]
 
 
@@ -296,8 +294,7 @@ def _blocks_changed() -> None:
     global _block_threads
     _block_threads = frozenset(_blocks.values())
     if not _calls:
-        for module in _modules.values():
-            module.take_out()
+        _take_out()
 
 
 def _after_fork() -> None:

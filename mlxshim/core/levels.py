@@ -117,6 +117,11 @@ def vmaps() -> list[VmapLevel]:
     return _levels.vmaps
 
 
+def sizes() -> list[int]:
+    """The sizes of the active vmap levels of this thread, outermost first."""
+    return [level.size for level in _levels.vmaps]
+
+
 def place() -> tuple[int, int, int, int]:
     """How deep this thread is in levels."""
     local = _levels.here
@@ -226,51 +231,55 @@ def at_level(kind: Kind, fun: Callable[..., R]) -> Callable[..., R]:
 
 def at_vmap(level: VmapLevel, fun: Callable[..., R]) -> Callable[..., R]:
     """`fun`, run inside one more vmap, whose first argument is a mapped tracer."""
-    fun = standing_in(fun)
+    return functools.partial(in_vmap, level, standing_in(fun))
 
-    def traced(mapped: mx.array, *args: object, **kwargs: object) -> R:
-        local = _levels.here
-        level.mapped, level.depth = mapped, len(local.vmaps)
-        # Left in place for MLX's part, unless nobody would clear it away.
-        stays = bool(local.calls) and not local.calls[-1]
-        if stays:
-            local.calls[-1] = True
-        running = local.running
-        local.running = running + 1
+
+def in_vmap(
+    level: VmapLevel, fun: Callable[..., R], mapped: mx.array, /, *args: object, **kwargs: object
+) -> R:
+    """`fun(*args, **kwargs)` inside one more vmap, of which `mapped` is a tracer."""
+    local = _levels.here
+    vmaps, calls, running = local.vmaps, local.calls, local.running
+    level.mapped, level.depth = mapped, len(vmaps)
+    # Left in place for MLX's part, unless nobody would clear it away.
+    stays = calls and not calls[-1]
+    if stays:
+        calls[-1] = True
+    local.running = running + 1
+    if not running:
+        compilation.switch_off()
+    local.stack.append("vmap")
+    vmaps.append(level)
+    try:
+        return fun(*args, **kwargs)
+    finally:
+        level.mapped = None
         if not running:
-            compilation.switch_off()
-        local.stack.append("vmap")
-        local.vmaps.append(level)
-        try:
-            return fun(*args, **kwargs)
-        finally:
-            level.mapped = None
-            if not running:
-                compilation.switch_back()
-            local.running = running
-            if not stays:
-                local.stack.pop()
-                local.vmaps.pop()
+            compilation.switch_back()
+        local.running = running
+        if not stays:
+            local.stack.pop()
+            vmaps.pop()
 
-    return traced
+
+def call_mapped(mapped: Callable[..., R], /, *args: object, **kwargs: object) -> R:
+    """A call of `mapped`, which `mx.vmap` made; what level its function leaves is cleared away."""
+    local = _levels.here
+    stack, vmaps = local.stack, local.vmaps
+    depth, outer = len(stack), len(vmaps)
+    local.calls.append(False)
+    try:
+        return mapped(*args, **kwargs)
+    finally:
+        local.calls.pop()
+        del stack[depth:], vmaps[outer:]
+        if not depth and not local.hidden:
+            local.unmarked = False
 
 
 def mapping(mapped: Callable[..., R]) -> Callable[..., R]:
-    """`mapped`, which `mx.vmap` made, clearing away the level that its function leaves."""
-
-    def call(*args: object, **kwargs: object) -> R:
-        local = _levels.here
-        depth, vmaps = len(local.stack), len(local.vmaps)
-        local.calls.append(False)
-        try:
-            return mapped(*args, **kwargs)
-        finally:
-            local.calls.pop()
-            del local.stack[depth:], local.vmaps[vmaps:]
-            if not depth and not local.hidden:
-                local.unmarked = False
-
-    return call
+    """`mapped`, as `call_mapped` calls it."""
+    return functools.partial(call_mapped, mapped)
 
 
 def further_out(rule: Callable[..., R]) -> Callable[..., R]:

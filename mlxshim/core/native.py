@@ -44,6 +44,11 @@ def vmap(fun: Callable[..., Any], in_axes: Any = 0, out_axes: Any = 0) -> Callab
     return levels.mapping(_vmap(fun, in_axes, out_axes))
 
 
+def call_vmap(fun: Callable[..., Any], in_axes: Any, out_axes: Any, args: tuple[Any, ...]) -> Any:
+    """`vmap(fun, in_axes, out_axes)(*args)`"""
+    return levels.call_mapped(_vmap(fun, in_axes, out_axes), *args)
+
+
 # Primals without a mark ------------------------------------------------------------------------
 
 

@@ -36,12 +36,7 @@ class Noted:
         self.asked: Any = None
 
     def is_like(self, arrays: Sequence[mx.array]) -> bool:
-        if len(arrays) != len(self.inputs):
-            return False
-        for x, (shape, dtype) in zip(arrays, self.inputs):
-            if x.shape != shape or x.dtype != dtype:
-                return False
-        return True
+        return [(x.shape, x.dtype) for x in arrays] == self.inputs
 
 
 class Plan:

@@ -166,8 +166,10 @@ class Primitive:
     ) -> Callable[..., Any]:
         """A node of (a tracer that is mapped for certain, *arrays), with a value of no meaning."""
 
+        outputs = [placeholder(*shape) for shape in shapes]
+
         def value(*_: mx.array) -> list[mx.array]:
-            return [placeholder(*shape) for shape in shapes]
+            return outputs
 
         def vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> list[mx.array]:
             mapped, *xs = primals

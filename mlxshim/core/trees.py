@@ -19,13 +19,17 @@ def written(path: Path) -> str:
     return "".join(f"[{key!r}]" for key in path)
 
 
-def describe(node: Any, leaf: Callable[[Any], str] = repr) -> str:
-    """What a node is, in words; of a leaf, `leaf` says it."""
+def describe(node: Any) -> str:
+    """What a node that is no array is, in words."""
     if isinstance(node, dict):
         return f"a {type(node).__name__} with keys {list(node)}"
     if isinstance(node, (list, tuple)):
         return f"a {type(node).__name__} of {len(node)}"
-    return leaf(node)
+    if node is None:
+        return "None"
+    # Others are not printed: that reads the arrays in them, which a trace cannot.
+    printed = isinstance(node, (str, bytes, bool, int, float, complex))
+    return f"{repr(node) if printed else 'an object'} of type {type(node).__name__}"
 
 
 def children(node: Any) -> list[tuple[Any, Any]] | None:

@@ -14,12 +14,12 @@ from typing import Any, Literal
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from ..rules._dtypes import HALVES
+
 Kind = Literal["samples", "sum", "own"]
 
 #: Small arrays travel together, in messages of about this many entries.
 MESSAGE = 8 * 2**20
-
-_HALF = (mx.float16, mx.bfloat16)
 
 #: What not every backend sends (NCCL has no such types), as what it travels.
 _CARRIERS = {mx.bool_: mx.uint8, mx.int16: mx.int32, mx.uint16: mx.int32}
@@ -229,4 +229,4 @@ def _messages(arrays: list[mx.array]) -> list[list[int]]:
 
 
 def _precise(x: mx.array) -> mx.array:
-    return x.astype(mx.float32 if x.dtype in _HALF else _CARRIERS.get(x.dtype, x.dtype))
+    return x.astype(mx.float32 if x.dtype in HALVES else _CARRIERS.get(x.dtype, x.dtype))

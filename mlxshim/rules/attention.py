@@ -30,7 +30,7 @@ from .attention_folds import (
 )
 from .attention_large import by_halves, is_large
 from .attention_long import attention as in_blocks
-from .attention_long import exceeds_budget
+from .attention_long import budget, exceeds_budget
 from .attention_plain import decompose, decompose_vjp
 from .attention_ragged import padded, padding
 
@@ -51,6 +51,17 @@ def scaled_dot_product_attention(
 ) -> mx.array:
     stack = levels.active()
     has_mask = isinstance(mask, mx.array)
+    asked = None
+    if "vmap" in stack and sinks is None and stream is None and not newer:
+        asked = (
+            *("attention", scale, None if has_mask else mask),
+            *(tuple(stack), mx.default_device(), budget()),
+        )
+        known = (
+            Primitive.again(asked, q, k, v, mask) if has_mask else Primitive.again(asked, q, k, v)
+        )
+        if known is not None:
+            return known[0]
     large = exceeds_budget(q, k, stack)
     if (
         stack == ["grad"]
@@ -59,14 +70,6 @@ def scaled_dot_product_attention(
     ):
         # MLX's own node and derivative: nothing to gain by standing in between.
         return _raw(q, k, v, scale=scale, mask=mask, sinks=sinks, stream=stream, **newer)
-    asked = None
-    if "vmap" in stack and sinks is None and stream is None and not newer:
-        asked = ("attention", scale, None if has_mask else mask, tuple(stack), mx.default_device())
-        known = (
-            Primitive.again(asked, q, k, v, mask) if has_mask else Primitive.again(asked, q, k, v)
-        )
-        if known is not None:
-            return known[0]
     if newer:  # an explicit default is no request
         newer = {name: value for name, value in newer.items() if value}
     dtype = _check(q, k, v, scale, mask, sinks, newer)

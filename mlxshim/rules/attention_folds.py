@@ -104,6 +104,8 @@ def fold_all(size: int, arrays: Arrays, axes: Axes, has_mask: bool) -> tuple[lis
     dim = 1 if _sinks_mapped(axes, has_mask) else 0
     folded = [fold(x, axis, size, dim) for x, axis in zip(arrays[:3], axes)]
     folded[0] = _queries(folded[0], axes[0])
+    if len(arrays) == 3:
+        return folded, dim
     rest = list(arrays[3:])
     if has_mask:
         mask = _mask_front(rest[0], axes[3])

@@ -34,6 +34,8 @@ from .attention_plain import decompose, decompose_vjp
 DEFAULT_BUDGET, PART_OF_GPU = 512 << 20, 1 / 16
 
 _budget: ContextVar[float | None] = ContextVar("attention_budget", default=None)
+#: What the context says of the budget.
+budget = _budget.get
 
 
 def _default_budget() -> float:
@@ -101,10 +103,10 @@ def exceeds_budget(q: mx.array, k: mx.array, stack: Sequence[levels.Kind]) -> bo
         return False  # refused further on
     for level in levels.vmaps():
         scores *= level.size
-    budget = _budget.get()
-    if scores <= (DEFAULT_BUDGET if budget is None else budget):
+    limit = budget()
+    if scores <= (DEFAULT_BUDGET if limit is None else limit):
         return False
-    if budget is None and scores <= _default_budget():
+    if limit is None and scores <= _default_budget():
         return False
     return "jvp" not in stack and stack.count("grad") < 2
 

@@ -43,6 +43,18 @@ def _unsafe(axes: Any, ndim: int) -> list[int] | None:
     return ordered if any(axis - j < others for j, axis in enumerate(ordered) if j) else None
 
 
+def _within(a: mx.array, axis: Any) -> mx.array:
+    """`a`, whose mapped axis comes first where a derivative around this vmap is mapped itself.
+
+    An axis that is mapped further out is then one of several that stay, as in the sample.
+    """
+    stack = levels.active()
+    if stack.count("vmap") < 2 or type(axis) is int:
+        return a
+    outer, inner = stack.index("vmap"), len(stack) - 1 - stack[::-1].index("vmap")
+    return fronted(a) if any(kind != "vmap" for kind in stack[outer:inner]) else a
+
+
 def _expand(a: mx.array, axes: Sequence[int], stream: Any) -> mx.array:
     for axis in axes:
         a = original(mx, "expand_dims")(a, axis, stream=stream)
@@ -103,6 +115,7 @@ def _summing(owner: Any, name: str) -> None:
             a = mx.contiguous(a)  # not a number, nor is its derivative
         if name == "std" and (out := complex_std(a, axis, keepdims, *args, **kwargs)) is not None:
             return out
+        a = _within(a, axis)
         several = None if keepdims else _unsafe(axis, a.ndim)
         if not several:
             return original(owner, name)(a, axis, keepdims, *args, **kwargs)
@@ -119,6 +132,7 @@ def _selecting(owner: Any, name: str) -> None:
             refuse_reverse(name, a)
         if not a.size and name in _OF_NOTHING:
             return _over_nothing(owner, name, a, axis, keepdims, stream=stream)
+        a = _within(a, axis)
         several = _unsafe(axis, a.ndim)
         if not several:
             return original(owner, name)(a, axis, keepdims, stream=stream)
@@ -191,7 +205,8 @@ _ELSEWHERE = ({"logsumexp"} if MLX < (0, 32, 0) else set()) | (
 @intercept(mx, "einsum")
 def einsum(*operands: Any, **options: Any) -> mx.array:
     """What it sums it squeezes at once: the mapped axis of its cotangent must come first."""
-    return fronted(original(mx, "einsum")(*operands, **options))
+    placed = [_within(x, None) if isinstance(x, mx.array) else x for x in operands]
+    return fronted(original(mx, "einsum")(*placed, **options))
 
 
 _squeezing(mx)

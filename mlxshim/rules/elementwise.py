@@ -24,6 +24,7 @@ from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
 from ..core.versions import SELECT_JVP_BUG
 from ._devices import within
+from ._dtypes import HALVES
 from ._folding import aligned
 from .truths import as_truth
 
@@ -134,7 +135,7 @@ def _truncated(a: Operand, b: Operand, on: dict[str, Any]) -> list[mx.array]:
     sign_a, sign_b = mx.sign(a, **on), mx.sign(b, **on)
     a, b = mx.abs(a, **on), mx.abs(b, **on)
     quotient, rest = _floored(a, b, on)
-    if dtype in (mx.float16, mx.bfloat16):  # whose remainders may be those of a - b
+    if dtype in HALVES:  # whose remainders may be those of a - b
         rest = mx.remainder(a.astype(mx.float32, **on), b.astype(mx.float32, **on), **on)
         rest = rest.astype(dtype, **on)
     sign = mx.multiply(sign_a, sign_b, **on)

@@ -65,15 +65,13 @@ def quantized_matmul(
     def call() -> tuple[mx.array, list[mx.array]]:
         # MLX's own call checks the arguments; where nothing is traced it is the answer.
         out = original(mx, "quantized_matmul")(x, w, scales, biases, *form, stream=stream)
-        weight = given[1:]
-        # MLX reads the first matrix only of several that meet fewer dimensions of x: not ours to
-        # serve.
-        plain = all(p.ndim == w.ndim for p in weight) and (w.ndim == 2 or x.ndim > 2)
-        if not plain or not may_be_mapped(out):
+        if any(p.ndim != w.ndim for p in given[1:]) or w.size == 0 or not may_be_mapped(out):
             return out, []
-        arrays = [x, *weight]
+        arrays = given
+        if w.ndim > 2 >= x.ndim:  # MLX has no batch for those, and reads the first matrix alone
+            arrays = [x, *(p[(0,) * (w.ndim - 2)] for p in given[1:])]
         if mode == "affine":
-            arrays = [p if p is w else cast(p, out.dtype) for p in arrays]
+            arrays = [p if p.dtype == w.dtype else cast(p, out.dtype) for p in arrays]
         static = {"transpose": transpose, **parameters(mode, group_size, bits)}
         return on_stream(stream, qmm, *arrays, **static)[0], arrays
 

@@ -141,8 +141,8 @@ class Arguments:
             return Slot(len(self.arrays) - 1)
         if node is not None and not module and not isinstance(node, (bool, int, float, complex)):
             raise ArgumentError(
-                f"[{self.kind}] Argument {number} of {name_of(self.fun)} is or holds {node!r} of "
-                f"type {type(node).__name__}, which is no array or number: name the argument in "
+                f"[{self.kind}] Argument {number} of {name_of(self.fun)} is or holds "
+                f"{trees.describe(node)}, which is no array or number: name the argument in "
                 "nondiff_argnums."
             )
         return node

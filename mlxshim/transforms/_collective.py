@@ -101,16 +101,20 @@ def names_of(name: Any) -> tuple[Hashable, ...]:
 # Arguments ---------------------------------------------------------------------------------------
 
 
-def in_range(x: mx.array, axis: int, function: str, name: str) -> int:
-    if not -x.ndim <= axis < x.ndim:
+def in_range(x: mx.array, axis: int, function: str, name: str, new: bool = False) -> int:
+    """The number of an axis of `x`, or of a `new` one that is to be put into it."""
+    ndim = x.ndim + new
+    if not -ndim <= axis < ndim:
         raise ValueError(
             f"[{function}] {name} {axis} is out of range for an operand of shape {tuple(x.shape)}."
         )
-    return axis % x.ndim
+    return axis % ndim
 
 
-def dealt(x: mx.array, axis: int, size: int, tiled: bool, function: str, name: str) -> int:
-    """The number of an axis that can be dealt out to all samples."""
+def dealt(
+    x: mx.array, axis: int, size: int, tiled: bool, function: str, name: str
+) -> tuple[mx.array, int]:
+    """`x` with an axis that can be dealt out to all samples, and the number of that axis."""
     place = in_range(x, axis, function, name)
     length = x.shape[place]
     if length % size or (length != size and not tiled):
@@ -119,4 +123,4 @@ def dealt(x: mx.array, axis: int, size: int, tiled: bool, function: str, name: s
             f"out to {size} samples: it must be "
             + (f"a multiple of {size}." if tiled else f"{size}. tiled=True takes a multiple.")
         )
-    return place
+    return (mx.unflatten(x, place, (size, length // size)) if tiled else x), place

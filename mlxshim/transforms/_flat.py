@@ -28,8 +28,12 @@ def is_number(leaf: Any) -> bool:
 
 
 def is_numpy(leaf: Any) -> bool:
-    """Whether it is an array or a scalar of NumPy's, which is not imported for that."""
-    return type(leaf).__module__ == "numpy" and hasattr(leaf, "dtype")
+    """Whether it holds numbers of NumPy's, which is not imported for that: no texts, no objects."""
+    return (
+        type(leaf).__module__ == "numpy"
+        and hasattr(leaf, "dtype")
+        and getattr(leaf.dtype, "kind", "O") not in "OSTUMm"
+    )
 
 
 def becomes(number: Any, dtype: mx.Dtype) -> bool:

@@ -73,6 +73,7 @@ class Inputs:
             return leaf
         if not isinstance(leaf, mx.array):
             if not is_numpy(leaf) or not leaf.ndim:
+                self._check_is_no_tree(leaf, path)
                 return leaf
             leaf = mx.array(leaf)
         ndim = leaf.ndim
@@ -90,6 +91,17 @@ class Inputs:
         self.axes.append(axis + ndim if axis < 0 else axis)
         self.paths.append(path)
         return Slot(len(self.arrays) - 1)
+
+    def _check_is_no_tree(self, leaf: Any, path: trees.Path) -> None:
+        """A dataclass is handed through, so that what is mapped in it would not be."""
+        for field in getattr(type(leaf), "__dataclass_fields__", ()):
+            held = trees.leaves(getattr(leaf, field, None))
+            if any(isinstance(x, mx.array) for _, x in held):
+                raise ArgumentError(
+                    f"[vmap] Argument {self._name(path)} is a dataclass, {type(leaf).__name__}, "
+                    f"whose {field} holds arrays, and vmap does not look into it: pass a dict or "
+                    "a named tuple, or give it in_axes=None if all samples share it."
+                )
 
     def _common_size(self, axis_size: int | None) -> int:
         arrays, axes = self.arrays, self.axes
@@ -181,6 +193,8 @@ class MappedOutputError(ArgumentError):
 class Outputs:
     """The outputs of one call: flat arrays for MLX, and the tree they came in."""
 
+    __slots__ = ("axes", "named", "shared", "spec", "taken", "tree")
+
     def __init__(self, out_axes: Any, named: bool = False) -> None:
         self.spec = out_axes
         #: Collectives can make an output the same for all samples while it stays mapped.
@@ -192,17 +206,22 @@ class Outputs:
         #: Whether the function has returned, and returned what it may.
         self.taken = False
 
-    def take(self, tree: Any) -> Any:
+    def take(self, tree: Any) -> list[mx.array]:
         """The outputs of a trace, as MLX wants them."""
-        if isinstance(tree, mx.array) and type(self.spec) is int:
-            self._check_axis(tree, self.spec, ())
-            self.tree, self.taken = Slot(0), True
-            return tree
         arrays, axes = self._flatten(tree, self._unmapped)
         if type(self.axes) is not int:
             self.axes[:] = axes
         self.taken = True
         return arrays
+
+    def take_plain(self, tree: Any) -> Any:
+        """The outputs of a trace, in the tree of the function where MLX takes that as it is."""
+        if type(self.spec) is int:
+            plain = _plain(tree, self.spec, set())
+            if plain is not None:
+                self.tree, self.taken = _AS_IT_IS, True
+                return plain
+        return self.take(tree)
 
     def take_sample(self, tree: Any) -> list[mx.array]:
         """The outputs of one sample of a loop."""
@@ -244,15 +263,14 @@ class Outputs:
             if not isinstance(leaf, mx.array):
                 where = trees.written(path)
                 raise ArgumentError(
-                    f"[vmap] The function must return arrays; its output{where} is {leaf!r} of "
-                    f"type {type(leaf).__name__}."
+                    f"[vmap] The function must return arrays; its output{where} is "
+                    f"{_describe(leaf)}."
                 )
             if axis is None:
                 self.shared[len(arrays)] = leaf
                 leaf, axis = share(leaf, path), 0
             self._check_axis(leaf, axis, path)
-            if arrays and leaf.ndim:
-                # MLX moves the axis of an output that is there twice twice: make it another node.
+            if arrays and leaf.ndim:  # as in `_plain`
                 leaf = mx.transpose(leaf, tuple(range(leaf.ndim)))
             arrays.append(leaf)
             axes.append(axis)
@@ -295,14 +313,40 @@ class Outputs:
 
     def give(self, results: Any) -> Any:
         """The results in the tree of the function."""
-        if isinstance(results, mx.array):
-            results = [results]
-        if type(self.tree) is Slot:
-            return self.shared.get(0, results[0])
+        if self.tree is _AS_IT_IS:
+            return results
         shared = self.shared
         return trees.map_leaves(
             lambda s: shared.get(s.index, results[s.index]) if type(s) is Slot else s, self.tree
         )
+
+
+#: The tree of outputs that MLX takes, and gives back, as they are.
+_AS_IT_IS = object()
+
+
+def _plain(tree: Any, axis: int, shapes: set[tuple[int, ...]]) -> Any:
+    """`tree`, if there is nothing in it but arrays that have a place for the mapped axis.
+
+    MLX moves the axis of an output that is there twice twice. One of a shape that has been met, in
+    `shapes`, is made another node.
+    """
+    kind = type(tree)
+    if kind is mx.array:
+        shape = tree.shape
+        if not -len(shape) - 1 <= axis <= len(shape):
+            return None
+        if shape in shapes:
+            return mx.transpose(tree, tuple(range(len(shape)))) if shape else tree
+        shapes.add(shape)
+        return tree
+    if kind is dict:
+        values = [_plain(child, axis, shapes) for child in tree.values()]
+    elif kind is list or kind is tuple:
+        values = [_plain(child, axis, shapes) for child in tree]
+    else:
+        return None
+    return trees.rebuild(tree, values) if values and not any(x is None for x in values) else None
 
 
 def _all_equal(x: mx.array, y: mx.array) -> bool:

@@ -42,13 +42,14 @@ def plain_axes(args: tuple[Any, ...], in_axes: Any) -> tuple[int, Path, Any] | N
         elif spec is not None:
             if type(spec) is not int:
                 return None
-            shape = x.shape
-            if not -len(shape) <= spec < len(shape):
+            try:
+                extent = x.shape[spec]
+            except IndexError:
                 return None
-            if shape[spec] != size:
+            if extent != size:
                 if size >= 0:
                     return None
-                size, first = shape[spec], (n,)
+                size, first = extent, (n,)
     return None if size < 0 else (size, first, axes)
 
 

@@ -21,10 +21,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..core import levels, native, replay
+from ..core import native, replay
 from ..core.errors import ArgumentError
 from ..core.fronted import fronted_gradients
 from ..core.levels import at_level, standing_in
+from ..core.tangents import tied
 from ..core.versions import MLX, MLX_VERSION
 from ._structure import Parts, output_namer
 
@@ -96,7 +97,7 @@ def push(
     if not primals:
         outputs = run()
         return outputs, [mx.zeros_like(y) for y in outputs]
-    tangents = _tied(tangents)
+    tangents = tied(tangents)
     try:
         return native.jvp(at_level("jvp", run), list(primals), list(tangents))
     except (ValueError, RuntimeError) as e:
@@ -109,17 +110,6 @@ def push(
 
     outputs = run(*primals)
     return outputs, pull(pulled, [mx.zeros_like(y) for y in outputs], tangents)
-
-
-def _tied(tangents: Sequence[mx.array]) -> Sequence[mx.array]:
-    """The tangents, mapped by every vmap that asks for it."""
-    for level in levels.vmaps():
-        if level.ties and level.mapped is not None:
-            corner = mx.stop_gradient(level.mapped)[(slice(0, 1),) * level.mapped.ndim]
-            # Not a product with zero, which infinities do not have.
-            zero = mx.any(mx.logical_and(mx.isnan(corner), mx.array(False)))
-            tangents = [t + zero.astype(t.dtype) for t in tangents]
-    return tangents
 
 
 #: What MLX says of an operation that has a reverse mode and no forward mode.

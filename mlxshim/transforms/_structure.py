@@ -68,8 +68,7 @@ class Parts:
             x = as_array(leaf)
             if x is None:
                 raise ArgumentError(
-                    f"{self.what(path)} is {leaf!r} of type {type(leaf).__name__}: it must be an "
-                    "array or a number."
+                    f"{self.what(path)} is {describe(leaf)}: it must be an array or a number."
                 )
         if x.dtype in REAL or x.dtype == mx.complex64:
             self.arrays.append(x)
@@ -212,7 +211,7 @@ def describe(node: Any) -> str:
         return f"an array of shape {tuple(node.shape)} and dtype {name_of(node.dtype)}"
     if type(node) is Hole:
         return "an array"
-    return trees.describe(node, lambda leaf: f"{leaf!r} of type {type(leaf).__name__}")
+    return trees.describe(node)
 
 
 def argument_namer(

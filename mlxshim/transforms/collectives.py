@@ -11,7 +11,8 @@ import mlx.core as mx
 from ..core import levels, trees
 from ..core.errors import ArgumentError
 from ..core.primitive import Node
-from ._collective import Collective, bind, dealt, level_of, names_of, no_groups
+from ._collective import Collective, bind, dealt, in_range, level_of, names_of, no_groups
+from ._flat import as_arrays
 
 # psum and its kin ------------------------------------------------------------------------------
 
@@ -164,16 +165,11 @@ def all_gather(
     level_of(axis_name, "all_gather")
 
     def one(leaf: mx.array) -> mx.array:
-        ndim = leaf.ndim + (not tiled)
-        if not -ndim <= axis < ndim:
-            raise ValueError(
-                f"[all_gather] axis {axis} is out of range for an operand of shape {leaf.shape}."
-            )
-        place = axis % ndim
+        place = in_range(leaf, axis, "all_gather", "axis", new=not tiled)
         gathered = bind(_gather(place), leaf, axis_name, "all_gather")
         return mx.flatten(gathered, place, place + 1) if tiled else gathered
 
-    return trees.map_leaves(one, x)
+    return trees.map_leaves(one, as_arrays(x))
 
 
 def psum_scatter(
@@ -208,12 +204,11 @@ def psum_scatter(
     size = level_of(axis_name, "psum_scatter").size
 
     def one(leaf: mx.array) -> mx.array:
-        place = dealt(leaf, scatter_dimension, size, tiled, "psum_scatter", "scatter_dimension")
-        if tiled:
-            leaf = mx.unflatten(leaf, place, (size, leaf.shape[place] // size))
-        return bind(_scatter(place), leaf, axis_name, "psum_scatter")
+        name = "scatter_dimension"
+        parts, place = dealt(leaf, scatter_dimension, size, tiled, "psum_scatter", name)
+        return bind(_scatter(place), parts, axis_name, "psum_scatter")
 
-    return trees.map_leaves(one, x)
+    return trees.map_leaves(one, as_arrays(x))
 
 
 # axis_index, axis_size ---------------------------------------------------------------------------

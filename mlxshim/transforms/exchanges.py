@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from ..core import trees
 from ._collective import Collective, bind, dealt, in_range, level_of, no_groups
+from ._flat import as_arrays
 
 # all_to_all ------------------------------------------------------------------------------------
 
@@ -68,15 +69,12 @@ def all_to_all(
 
     def one(leaf: mx.array) -> mx.array:
         concat = in_range(leaf, concat_axis, "all_to_all", "concat_axis")
-        split = dealt(leaf, split_axis, size, tiled, "all_to_all", "split_axis")
-        if not tiled:
-            return bind(_exchange(split, concat), leaf, axis_name, "all_to_all")
-        leaf = mx.unflatten(leaf, split, (size, leaf.shape[split] // size))
-        # The parts come right before the axis that they will be one with.
-        moved = bind(_exchange(split, concat), leaf, axis_name, "all_to_all")
-        return mx.flatten(moved, concat, concat + 1)
+        parts, split = dealt(leaf, split_axis, size, tiled, "all_to_all", "split_axis")
+        moved = bind(_exchange(split, concat), parts, axis_name, "all_to_all")
+        # Tiled, the parts came right before the axis that they are one with.
+        return mx.flatten(moved, concat, concat + 1) if tiled else moved
 
-    return trees.map_leaves(one, x)
+    return trees.map_leaves(one, as_arrays(x))
 
 
 def pswapaxes(x: Any, axis_name: Hashable, axis: int, *, axis_index_groups: None = None) -> Any:

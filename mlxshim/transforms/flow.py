@@ -143,7 +143,9 @@ def _scalar(x: Any, function: str, argument: str, integer: bool = False) -> Any:
             raise TypeError(f"[{function}] {argument} must be {kind}, found {_flat.describe(x)}.")
         return _loops.read(x)
     if not isinstance(x, int if integer else (bool, int, float, complex)):
-        raise TypeError(f"[{function}] {argument} must be {kind} scalar, found {x!r}.")
+        raise TypeError(
+            f"[{function}] {argument} must be {kind} scalar, found {_flat.describe(x)}."
+        )
     return x
 
 

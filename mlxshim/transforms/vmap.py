@@ -13,8 +13,9 @@ from typing_extensions import ParamSpec
 from ..core import levels, native
 from ..core.errors import ArgumentError, NoBatchingRule, PerformanceWarning
 from ..core.interception import intercepted
-from ..core.levels import VmapLevel, at_vmap
+from ..core.levels import VmapLevel, at_vmap, in_vmap, standing_in
 from ..core.plans import Plans
+from ..core.tangents import lacks_a_mapped_tangent, tying
 from ._mapping import Inputs, MappedOutputError, Outputs, check_spec
 from ._plain import plain_axes, reach
 
@@ -93,15 +94,16 @@ def vmap(
             if size > 0 and (axis_size is None or axis_size == size):
                 # MLX takes these arguments as they are: the trace is ours to keep short.
                 outputs = Outputs(out_axes, named)
-                plan = plans.of(reach(args, path).shape)
-                body = at_vmap(VmapLevel(axis_name, size, randomness, plan), fun)
+                plan = plans.of((reach(args, path).shape, *levels.sizes()))
+                level, run = VmapLevel(axis_name, size, randomness, plan), standing_in(fun)
+
+                def traced(*xs: Any) -> Any:
+                    return outputs.take_plain(in_vmap(level, run, reach(xs, path), *xs))
+
                 try:
-                    results = native.vmap(
-                        lambda *xs: outputs.take(body(reach(xs, path), *xs)), axes, outputs.axes
-                    )(*args)
-                    return outputs.give(results)
+                    return outputs.give(native.call_vmap(traced, axes, outputs.axes, args))
                 except Exception as e:
-                    if not _lacks_a_mapped_tangent(e):
+                    if not lacks_a_mapped_tangent(e):
                         _loop_or_raise(e, outputs, fallback, axis_name)
                         loop = True
         inputs = Inputs(fun, args, kwargs, in_axes, axis_size)
@@ -116,7 +118,7 @@ def vmap(
             if not inputs.size:
                 arrays = inputs.nothing()
             if not loop:
-                plan = plans.of((arrays[0].shape, len(arrays)))
+                plan = plans.of((arrays[0].shape, len(arrays), *levels.sizes()))
                 level = VmapLevel(axis_name, size, randomness, plan)
                 try:
                     parts.append(_batched(fun, inputs, arrays, outputs, level))
@@ -149,22 +151,8 @@ def _batched(
 
     axes = tuple(inputs.axes) if len(inputs.axes) > 1 else inputs.axes[0]
     run: Any = native.vmap(per_sample, axes, outputs.axes)
-    try:
-        results = run(*arrays)
-    except Exception as e:
-        if not _lacks_a_mapped_tangent(e):
-            raise
-        level.ties, level.calls = True, 0
-        results = run(*arrays)
+    results = tying(level, lambda: run(*arrays))
     return [results] if isinstance(results, mx.array) else list(results)
-
-
-def _lacks_a_mapped_tangent(error: Exception) -> bool:
-    """Whether MLX could not map its tangent of a product, C + A T, for C alone is mapped.
-
-    Source: mlx/primitives.cpp, `Matmul::jvp` and `AddMM::vmap`.
-    """
-    return "[addmm] input c must broadcast to the output shape" in str(error)
 
 
 # The loop --------------------------------------------------------------------------------------

@@ -56,6 +56,23 @@ case(
     normal(2, 5, 2),
     normal(2, 5, 2),
 )
+
+
+def first(**static) -> Callable[..., mx.array]:
+    """What MLX makes of several matrices that meet a matrix or a vector: it reads the first."""
+    return lambda x, *w: mx.quantized_matmul(x, *(p[0] for p in w), group_size=32, **static)
+
+
+for title, x, transpose in (("matrix", normal(3, 64), True), ("vector", normal(5), False)):
+    case(
+        f"quantized_matmul/{title}, batched w",
+        affine(transpose=transpose),
+        x,
+        packed(2, 5, 8),
+        *[normal(2, 5, 2)] * 2,
+        reference=first(transpose=transpose),
+        modes=("call", "vmap", "vmap(vmap)", "vmap(grad)", "grad(vmap)", "vmap(jvp)"),
+    )
 case("quantized_matmul/8 bits", affine(bits=8), normal(3, 64), packed(5, 16), S, S)
 case("quantized_matmul/3 bits", affine(bits=3), normal(3, 64), packed(5, 6), S, S)
 
