@@ -1,4 +1,4 @@
-"""Reductions over several axes, in a vmap in a derivative in a vmap: wherever both are mapped."""
+"""Axes: reductions over several between two vmaps, wherever both are mapped; rolls."""
 
 from __future__ import annotations
 
@@ -48,3 +48,13 @@ def test_derivatives_of_a_reduction_between_two_vmaps(name: str):
             want = loop(loop(oracle, (inner,)), (outer,))(x)
             assert got.shape == want.shape
             assert mx.allclose(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_a_roll_by_what_is_no_number_says_so():
+    x, ns = mx.zeros((2, 3)), mx.array([1, 2])
+    with pytest.raises(ValueError, match=r"\[roll\] shift must be an integer.*float32"):
+        vmap(lambda n: mx.roll(x, n + 0.5, 0))(ns)
+    with pytest.raises(ValueError, match=r"\[roll\] shift has 1 numbers for 2 axes"):
+        vmap(lambda n: mx.roll(x, [n], [0, 1]))(ns)
+    with pytest.raises(ValueError, match=r"\[roll\] axis 2 is out of range for shape \(2, 3\)"):
+        vmap(lambda n: mx.roll(x, n, 2))(ns)

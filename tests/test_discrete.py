@@ -68,6 +68,7 @@ TRUTHS: dict[str, Callable[[mx.array, mx.array], mx.array]] = {
     "and": lambda x, c: mx.where(mx.logical_and(c - 0.3, COLUMN > 0), x, COLUMN),
     "or": lambda x, c: mx.where(mx.logical_or(c - 0.3, COLUMN > 0), x, COLUMN),
     "sum of a cast": lambda x, c: (c - 0.3).astype(mx.bool_).sum() * x,
+    "bits": lambda x, c: (c.view(mx.int32) % 7) * x + mx.view(c, mx.uint8)[::4] * x,
     "mask": lambda x, c: assigned(x, c > 1, x[0]),
 }
 if hasattr(mx, "searchsorted"):

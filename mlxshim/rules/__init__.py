@@ -24,6 +24,7 @@ from . import quantization as quantization
 from . import quantized as quantized
 from . import random as random
 from . import reading as reading
+from . import rolls as rolls
 from . import segmented as segmented
 from . import slices as slices
 from . import spectral as spectral

@@ -10,7 +10,8 @@ is a view of the samples one after the other; without a batching rule in MLX.
 
     mx.view(x, dtype)
 
-is of the last axis: before 0.32.4 MLX's rule misplaces a mapped axis behind it.
+is of the last axis: before 0.32.4 MLX's rule misplaces a mapped axis behind it. The bits of a
+number are integers, and constants of every derivative.
 
 Source: mlx/primitives.cpp, `Pad` (whose vjp and jvp know nothing of `v`), `AsStrided`, `View`.
 """
@@ -135,10 +136,12 @@ def _viewing(owner: Any) -> None:
     @intercept(owner, "view")
     def view(a: Any, dtype: mx.Dtype, *args: Any, **kwargs: Any) -> mx.array:
         if isinstance(a, mx.array):
-            a = fronted(a)
+            if MLX < (0, 32, 4):
+                a = fronted(a)
+            if levels.differentiates() and not mx.issubdtype(dtype, mx.inexact):
+                a = mx.stop_gradient(a)
         return original(owner, "view")(a, dtype, *args, **kwargs)
 
 
-if MLX < (0, 32, 4):
-    for _owner in (mx, mx.array):
-        _viewing(_owner)
+for _owner in (mx, mx.array):
+    _viewing(_owner)
