@@ -28,6 +28,7 @@ R = TypeVar("R")
 THREAD_CACHE_BUG = MLX == (0, 31, 2)
 
 _enable, _disable = mx.enable_compile, mx.disable_compile
+_get_ident = threading.get_ident
 _lock = threading.RLock()
 #: The threads that trace a vmap.
 _threads: set[int] = set()
@@ -38,20 +39,22 @@ _wanted = True
 def switch_off() -> None:
     """Off while this thread traces a vmap; the user's own switch is respected."""
     global _wanted
+    here = _get_ident()
     with _lock:
-        first = not _threads
-        if first:
-            _wanted = _is_on()
-        _threads.add(threading.get_ident())
-        if first and _wanted:
+        if _threads:
+            _threads.add(here)
+            return
+        _wanted = _is_on()
+        _threads.add(here)
+        if _wanted:
             _disable()
 
 
 def switch_back() -> None:
     """This thread traces no vmap. An interrupt may come between any two steps: call it again."""
     with _lock:
-        here = threading.get_ident()
-        if _threads == {here} and _wanted:
+        here = _get_ident()
+        if _wanted and len(_threads) == 1 and here in _threads:
             _enable()
         _threads.discard(here)
 

@@ -141,6 +141,7 @@ def _take_out() -> None:
 _table: dict[tuple[Any, str], Interception] = {}
 _modules: dict[Any, _Module] = {}
 _on_types: list[Interception] = []
+_get_ident = threading.get_ident
 _lock = threading.RLock()
 #: The calls of transforms that are under way, and the thread of each.
 _calls: dict[object, int] = {}
@@ -252,7 +253,7 @@ def intercepted(fun: Callable[..., Any]) -> Callable[..., Any]:
 def _enter(call: object) -> None:
     with _lock:
         first = not _calls
-        _calls[call] = threading.get_ident()
+        _calls[call] = _get_ident()
         if first:
             for module in _modules.values():
                 module.owner.__class__ = module.replaced

@@ -117,20 +117,30 @@ def vmaps() -> list[VmapLevel]:
     return _levels.vmaps
 
 
-def sizes() -> list[int]:
+def sizes() -> tuple[int, ...]:
     """The sizes of the active vmap levels of this thread, outermost first."""
-    return [level.size for level in _levels.vmaps]
+    vmaps = _levels.vmaps
+    return tuple([level.size for level in vmaps]) if vmaps else ()
+
+
+_OUTSIDE = (0, 0, 0, 0)
 
 
 def place() -> tuple[int, int, int, int]:
     """How deep this thread is in levels."""
     local = _levels.here
+    if not (local.stack or local.calls or local.running or local.vmaps):
+        return _OUTSIDE
     return len(local.stack), len(local.vmaps), len(local.calls), local.running
 
 
 def back_to(place: tuple[int, int, int, int]) -> None:
     """Clear away the levels that an interrupt, which may come between any two steps, has left."""
     local = _levels.here
+    if place is _OUTSIDE and not (local.stack or local.calls or local.running or local.vmaps):
+        if not local.hidden:
+            local.unmarked = False
+        return
     stack, vmaps, calls, running = place
     if len(local.stack) != stack or len(local.vmaps) != vmaps or len(local.calls) != calls:
         del local.stack[stack:], local.vmaps[vmaps:], local.calls[calls:]

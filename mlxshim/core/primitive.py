@@ -92,14 +92,15 @@ class Primitive:
         called with which static arguments: equal words, the same call, and nothing to find out.
         """
         level = levels.vmaps()[-1]
+        plan, mapped, number = level.plan, level.mapped, level.calls
         level.used = None
-        if level.plan is None or level.mapped is None:
+        if plan is None or mapped is None:
             return None
-        noted = level.plan.noted.get(level.calls)
+        noted = plan.noted.get(number)
         if noted is None or noted.asked != asked or not noted.is_like(arrays):
             return None
-        level.calls += 1
-        return noted.node(level.mapped, *arrays)
+        level.calls = number + 1
+        return noted.node(mapped, *arrays)
 
     @staticmethod
     def asked(asked: Any) -> None:
@@ -179,9 +180,11 @@ class Primitive:
         def jvp(primals: Arrays, tangents: Sequence[mx.array | None]) -> list[mx.array]:
             return self.jvp(tuple(primals[1:]), tuple(tangents[1:]), **static)
 
-        def vmap(arrays: Arrays, axes: Axes) -> tuple[list[mx.array], list[int]]:
+        def vmap(
+            arrays: tuple[mx.array, ...], axes: tuple[int | None, ...]
+        ) -> tuple[list[mx.array], list[int]]:
             size = arrays[0].shape[axes[0]]  # pyright: ignore
-            arrays, axes = tuple(arrays[1:]), tuple(axes[1:])
+            arrays, axes = arrays[1:], axes[1:]
             if axes.count(None) < len(axes):
                 return self.batch(size, arrays, axes, **static)
             plan.noted[number] = None

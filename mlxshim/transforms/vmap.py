@@ -94,7 +94,7 @@ def vmap(
             if size > 0 and (axis_size is None or axis_size == size):
                 # MLX takes these arguments as they are: the trace is ours to keep short.
                 outputs = Outputs(out_axes, named)
-                plan = plans.of((reach(args, path).shape, *levels.sizes()))
+                plan = plans.of((reach(args, path).shape, levels.sizes()))
                 level, run = VmapLevel(axis_name, size, randomness, plan), standing_in(fun)
 
                 def traced(*xs: Any) -> Any:
@@ -118,7 +118,7 @@ def vmap(
             if not inputs.size:
                 arrays = inputs.nothing()
             if not loop:
-                plan = plans.of((arrays[0].shape, len(arrays), *levels.sizes()))
+                plan = plans.of((arrays[0].shape, len(arrays), levels.sizes()))
                 level = VmapLevel(axis_name, size, randomness, plan)
                 try:
                     parts.append(_batched(fun, inputs, arrays, outputs, level))
