@@ -349,4 +349,17 @@ def program(t):
 INPUTS = [("normal", (2,), "float32"), ("normal", (2, 2), "float32"), ("normal", (2,), "float32")]
 ROUNDOFF, CALLS = 2**-24, 1
 """,
+    "two derivatives of one array, of which one captures the other": """
+def program(t):
+    def f(a):
+        v0 = t.grad(lambda r: mx.sum(mx.sin(r) * a))(a)
+        return [t.grad(lambda p: mx.sum(mx.sin(p) * mx.mean(v0)))(a)]
+
+    g = t.value_and_grad(f, [0])
+    return g
+
+
+INPUTS = [("normal", (2,), "float32")]
+ROUNDOFF, CALLS = 2**-24, 1
+""",
 }
