@@ -25,6 +25,7 @@ from . import quantized as quantized
 from . import random as random
 from . import reading as reading
 from . import rolls as rolls
+from . import running as running
 from . import segmented as segmented
 from . import slices as slices
 from . import spectral as spectral

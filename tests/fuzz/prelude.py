@@ -404,7 +404,7 @@ def compare(program, kinds, *, roundoff=2**-24, calls=1, announce=print):
                 same = not isinstance(taken, Exception) and not isinstance(got, Exception)
                 if same and not _wrong(got, taken, roundoff, allowed):
                     continue
-                # Some of those of ours are numbers (docs/mlx-issues.md).
+                # MLX's is not a number (docs/mlx-issues.md).
                 if same and "logcumsumexp" in _names(program.__code__):
                     known = _where([~mx.isnan(w) for w in want], got, want)
                     if not _wrong(known, want, roundoff, allowed):
