@@ -326,3 +326,26 @@ def test_an_index_of_an_array_without_entries_has_a_gradient(read: Any):
         2,
         0,
     )
+
+
+def test_what_is_multiplied_at_indices_that_come_twice_may_be_zero():
+    """The derivative is the product's, of the updates too; a second one of them is refused."""
+    x, u, i = (
+        mx.array([2.0, 3.0, 5.0]),
+        mx.array([0.0, 7.0, 0.0, 0.0, 2.0]),
+        mx.array([0, 0, 1, 1, 2]),
+    )
+
+    def total(x: mx.array, u: mx.array) -> mx.array:
+        return mx.square(1 + x.at[i].multiply(u)).sum()
+
+    of_x, of_u = grad(total, argnums=(0, 1))(x, u)
+    assert mx.array_equal(of_x, mx.array([0.0, 0.0, 2 * 11 * 2]))
+    assert mx.array_equal(of_u, mx.array([2.0 * 2 * 7, 0, 0, 0, 2 * 11 * 5]))
+    assert mx.array_equal(
+        jvp(lambda u: x.at[i].multiply(u), (u,), (mx.ones(5),))[1], mx.array([14.0, 0.0, 5.0])
+    )
+    second = jvp(grad(lambda x: total(x, u)), (x,), (mx.ones(3),))[1]
+    assert mx.array_equal(second, mx.array([0.0, 0.0, 8.0]))
+    with pytest.raises(NotImplementedError, match=r"\[at.multiply\] .* second order"):
+        grad(lambda u: grad(lambda u: total(x, u))(u).sum())(u)

@@ -28,6 +28,7 @@ from ..core.versions import MLX, TWO_TANGENTS_BUG
 from ._devices import within
 from ._discrete import constant_if_empty, discrete
 from ._one_entry import ONE_ENTRY_BUG, plain_steps
+from ._scattered import multiplied
 from ._tracers import is_tracer
 from .windows import Window, become, is_whole, of_all, read, reads_itself, write
 
@@ -239,13 +240,23 @@ class _At:
             new = x.__copy__()
             new[outer] = getattr(x[outer].at[inner], op)(value)
             return new
+        if op in ("multiply", "divide") and levels.differentiates() and _has_arrays(key):
+            u = _shaped_as(_array(value, x.dtype).astype(x.dtype), x[key].shape)
+            if u is not None and mx.issubdtype(x.dtype, mx.inexact) and _traced(x, u):
+                u = u if op == "multiply" else mx.reciprocal(u)
+                constants = mx.stop_gradient(x), key, "multiply", mx.stop_gradient(u)
+                return multiplied(x, key, u, _scattered(*constants))
         if not _concerned():
             return getattr(original(mx.array, "at").fget(x)[key], op)(value)
         new = None if key is None or key is Ellipsis else _updated(x, key, value, op)
         if new is not None:
             return new
-        places = original(mx.array, "at").fget(_in_front(x))[_all_widened(key)]
-        return _in_front(getattr(places, op)(_in_front(value)))
+        return _scattered(x, key, op, value)
+
+
+def _scattered(x: mx.array, key: Any, op: str, value: Any) -> mx.array:
+    places = original(mx.array, "at").fget(_in_front(x))[_all_widened(key)]
+    return _in_front(getattr(places, op)(_in_front(value)))
 
 
 @intercept(mx.array, "at")
@@ -305,6 +316,20 @@ def _apart(
 #: A scatter misplaces a mapped axis of the array, of the updates and of the cotangent that is not
 #: the first.
 _MISPLACED = MLX < (0, 32, 4)
+
+
+def _has_arrays(key: Any) -> bool:
+    return any(isinstance(k, (mx.array, list)) for k in (key if type(key) is tuple else (key,)))
+
+
+def _shaped_as(u: mx.array, shape: tuple[int, ...]) -> mx.array | None:
+    """`u` broadcast to that shape, as updates are; None if it does not fit."""
+    extra = max(u.ndim - len(shape), 0)
+    if any(n != 1 for n in u.shape[:extra]):
+        return None
+    u = mx.reshape(u, u.shape[extra:]) if extra else u
+    fits = all(n in (1, m) for n, m in zip(u.shape[::-1], shape[::-1]))
+    return mx.broadcast_to(u, shape) if fits else None
 
 
 def _in_front(x: Any) -> Any:

@@ -287,6 +287,29 @@ case("array.at.add/repeated", at("add", I), Y, normal(4, 5), integers(2, 2, high
 case("array.at.subtract/repeated", at("subtract", I), Y, normal(6, 4, 5), integers(6, high=3))
 case("array.at.maximum/repeated", at("maximum", I), Y, normal(6, 4, 5), integers(6, high=3))
 case("array.at.multiply/repeated", at("multiply", I), Y, away(6, 4, 5), integers(6, high=3))
+
+
+def _product(inverse: bool) -> Callable[..., mx.array]:
+    """`y.at[i].multiply(u)` for every i at once: MLX has no derivative of the operation itself."""
+
+    def of(y: mx.array, u: mx.array, i: mx.array) -> mx.array:
+        u = mx.reciprocal(u) if inverse else u
+        here = mx.expand_dims(i[:, None] == mx.arange(y.shape[0]), (2, 3))
+        return y * mx.prod(mx.where(here, mx.expand_dims(u, 1), mx.ones((1, 1, 1, 1), u.dtype)), 0)
+
+    return of
+
+
+for op in ("multiply", "divide"):
+    case(
+        f"array.at.{op}/its derivative",
+        at(op, I),
+        normal(3, 2, 2),
+        away(5, 2, 2),
+        integers(5, high=3),
+        reference=_product(op == "divide"),
+        modes=("call", *FIRST, "vmap(jvp)"),
+    )
 case(
     "array.at.add/apart",
     at("add", I, ALL, I),
