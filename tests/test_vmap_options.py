@@ -7,7 +7,7 @@ import warnings
 import mlx.core as mx
 import pytest
 
-from mlxshim import NoBatchingRule, PerformanceWarning, grad, vmap
+from mlxshim import ArgumentError, NoBatchingRule, PerformanceWarning, grad, vmap
 from mlxshim.core.interception import in_place
 from mlxshim.testing import loop
 
@@ -86,6 +86,35 @@ def test_a_value_that_is_read_becomes_a_loop():
     with pytest.warns(PerformanceWarning, match="reads the value"):
         got = vmap(lambda x: x if x.sum() > 0 else -x)(x)
     close(got, mx.array([[1.0, 2.0], [3.0, -1.0]]))
+
+
+@pytest.mark.filterwarnings("ignore::mlxshim.PerformanceWarning")
+@pytest.mark.parametrize("chunk_size", [None, 1])
+@pytest.mark.parametrize(
+    "one, other, words",
+    [
+        (lambda x: {"a": x}, lambda x: {"b": x}, ["same tree", "['a']", "['b']"]),
+        (lambda x: x, lambda x: (x, x), ["same tree", "an array of shape (2,)", "tuple of 2"]),
+        (lambda x: (x, None), lambda x: (x, x), ["same tree"]),
+        (lambda x: [x], lambda x: [x[:1]], ["output[0]", "(2,)", "(1,)"]),
+    ],
+)
+def test_samples_that_return_different_things_are_refused(one, other, words, chunk_size):
+    def f(x):
+        return one(x) if x[0].item() > 0 else other(x)
+
+    with pytest.raises(ArgumentError) as raised:
+        vmap(f, chunk_size=chunk_size)(mx.array([[1.0, 1.0], [-1.0, 2.0]]))
+    assert all(word in str(raised.value) for word in ("[vmap]", *words)), raised.value
+
+
+@pytest.mark.filterwarnings("ignore::mlxshim.PerformanceWarning")
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_an_output_that_is_called_the_same_for_all_is_compared_in_a_loop(chunk_size):
+    f = vmap(lambda x: mx.array(float(x.item() > 0)), out_axes=None, chunk_size=chunk_size)
+    close(f(mx.array([1.0, 2.0])), mx.array(1.0))
+    with pytest.raises(ArgumentError, match="out_axes is None"):
+        f(mx.array([1.0, -2.0]))
 
 
 def test_the_callers_own_errors_are_not_looped():

@@ -193,7 +193,7 @@ class MappedOutputError(ArgumentError):
 class Outputs:
     """The outputs of one call: flat arrays for MLX, and the tree they came in."""
 
-    __slots__ = ("axes", "named", "shared", "spec", "taken", "tree")
+    __slots__ = ("axes", "first", "named", "shared", "spec", "taken", "tree")
 
     def __init__(self, out_axes: Any, named: bool = False) -> None:
         self.spec = out_axes
@@ -203,6 +203,8 @@ class Outputs:
         self.axes: Any = out_axes if type(out_axes) is int else []
         self.tree: Any = None
         self.shared: dict[int, mx.array] = {}
+        #: What a loop's first sample returned, its tree and its arrays.
+        self.first: tuple[Any, Any, list[mx.array]] | None = None
         #: Whether the function has returned, and returned what it may.
         self.taken = False
 
@@ -227,12 +229,36 @@ class Outputs:
         """The outputs of one sample of a loop."""
         arrays, axes = self._flatten(tree, lambda leaf, path: leaf)
         self.axes = axes
+        if self.first is None:
+            self.first = tree, self.tree, arrays
+        else:
+            self._check_goes_with(tree, arrays, *self.first)
         return arrays
 
+    def _check_goes_with(
+        self, tree: Any, arrays: list[mx.array], other: Any, slots: Any, others: list[mx.array]
+    ) -> None:
+        """Only a loop can come to outputs that are not alike: it reads values."""
+        places = [(path, type(leaf)) for path, leaf in trees.leaves(slots)]
+        if places != [(path, type(leaf)) for path, leaf in trees.leaves(self.tree)]:
+            raise ArgumentError(
+                f"[vmap] The function must return the same tree for all samples; it is "
+                f"{_describe(other)} for one and {_describe(tree)} for another."
+            )
+        for path, leaf in trees.leaves(self.tree):
+            if type(leaf) is not Slot:
+                continue
+            x, y = others[leaf.index], arrays[leaf.index]
+            if x.shape != y.shape:
+                raise ArgumentError(
+                    f"[vmap] The function must return arrays of the same shape for all samples; "
+                    f"its output{trees.written(path)} has shape {tuple(x.shape)} for one and "
+                    f"{tuple(y.shape)} for another: pad it."
+                )
+            if leaf.index in self.shared and not mx.array_equal(x, y, equal_nan=True):
+                raise _mapped_error(path)
+
     def stack(self, samples: list[list[mx.array]]) -> list[mx.array]:
-        for n, first in self.shared.items():
-            if not all(mx.array_equal(first, sample[n], equal_nan=True) for sample in samples):
-                raise _mapped_error(())
         return [mx.stack(list(xs), axis=a) for xs, a in zip(zip(*samples), self.axes)]
 
     def concatenate(self, parts: list[list[mx.array]]) -> list[mx.array]:
