@@ -8,8 +8,8 @@ mlxshim adds to one call. The operations are those of which the newest MLX's rul
 their stand-ins do nothing but look and forward.
 
 Outside: the same calls with no transform, in a process that has never imported mlxshim, in one that
-has, and in one that has run its transforms. After a transform nothing stands in any more:
-`mlxshim.intercepted()` is empty.
+has, and in one that has run its transforms. Some calls after a transform nothing stands in any
+more.
 """
 
 from __future__ import annotations

@@ -1,11 +1,15 @@
 """What a transform costs where there is nothing to transform: microseconds of one call.
 
-    python -m benchmarks.overhead [--json FILE] [--png FILE] [--minutes 0.5]
+    python -m benchmarks.overhead [--json FILE] [--png FILE] [--minutes 0.5] [--cold] [--path gpu]
 
 The function returns its argument, or a sum of it; nothing is evaluated. Each transform of mlxshim
 is called in turn with MLX's own of the same name, in one run; the median of all calls. "difference"
 is what mlxshim adds. A call within another transform adds less: what is intercepted is then in
 place.
+
+With --cold as much memory as caches hold is written before each call: so a call finds them that
+comes after other work, and was waited for. On a GPU fused operations are nodes of ours in a vmap;
+`--path gpu` has them so on any machine, as `benchmarks.trace` does.
 """
 
 from __future__ import annotations
@@ -22,19 +26,24 @@ import mlxshim
 
 from ._measure import describe_machine
 from ._program import announce, command_line, pyplot, save
+from .trace import stand_in_for_a_gpu
 
 Call = Callable[[], Any]
 
 
-def interleaved(calls: list[Call], seconds: float) -> list[float]:
+def interleaved(calls: list[Call], seconds: float, cold: bool = False) -> list[float]:
     """The median microseconds of each, called in turn."""
     times: list[list[int]] = [[] for _ in calls]
+    memory, line = bytearray(8 << 20), 64
+    ones = b"1" * (len(memory) // line)
     for call in calls:
         for _ in range(100):
             call()
     clock, end = time.perf_counter_ns, time.perf_counter() + seconds
     while time.perf_counter() < end:
         for call, column in zip(calls, times):
+            if cold:
+                memory[::line] = ones
             begin = clock()
             call()
             column.append(clock() - begin)
@@ -44,7 +53,7 @@ def interleaved(calls: list[Call], seconds: float) -> list[float]:
 def cases() -> dict[str, Callable[[Any], Call]]:
     """Name -> (a module with transforms) -> the call."""
     xs, x = mx.ones((4, 3)), mx.ones((3,))
-    q = mx.ones((2, 1, 4, 8, 16))
+    q = mx.ones((2, 1, 4, 8, 16), mx.bfloat16)
     weights = {"w": mx.ones((4, 3)), "b": mx.ones((4, 3))}
     mx.eval(xs, x, q, weights)
     table: dict[str, Callable[[Any], Call]] = {}
@@ -60,6 +69,8 @@ def cases() -> dict[str, Callable[[Any], Call]]:
 
     for n in range(1, 6):
         of(f"vmap, {n} arguments", lambda lib: lib.vmap(first), *[xs] * n)
+    of("vmap, x + 1", lambda lib: lib.vmap(lambda a: a + 1), xs)
+    of("vmap, a list of results", lambda lib: lib.vmap(lambda a: [a, a.sum()]), xs)
     shared, tree = (None, 0), {"w": 0, "b": 0}
     of("vmap, in_axes=(None, 0)", lambda lib: lib.vmap(lambda a, b: b, in_axes=shared), x, xs)
     of("vmap, a dict", lambda lib: lib.vmap(lambda p: p["w"], in_axes=tree), weights)
@@ -69,6 +80,11 @@ def cases() -> dict[str, Callable[[Any], Call]]:
         return mx.fast.scaled_dot_product_attention(q, q, q, scale=0.25)
 
     of("vmap, one attention", lambda lib: lib.vmap(attend), q)
+
+    def normed(a: mx.array, w: mx.array) -> mx.array:
+        return mx.fast.rms_norm(a, w, 1e-5)
+
+    of("vmap, one rms_norm", lambda lib: lib.vmap(normed, in_axes=(0, None)), xs, x)
     for n in range(1, 6):
         of(f"grad, {n} arguments", lambda lib: lib.grad(total), *[x] * n)
     of("grad, a dict", lambda lib: lib.grad(lambda p: p["w"].sum()), weights)
@@ -98,12 +114,16 @@ def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--minutes", type=float, default=0.5)
+    parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--path", choices=["device", "gpu"], default="device")
     options = parser.parse_args()
-    about = announce("overhead", describe_machine())
+    if options.path == "gpu":
+        stand_in_for_a_gpu()
+    about = announce("overhead", describe_machine(), cold=options.cold, path=options.path)
     table, rows = cases(), []
     for name, make in table.items():
         seconds = options.minutes * 60 / len(table)
-        mlx, ours = interleaved([make(mx), make(mlxshim)], seconds)
+        mlx, ours = interleaved([make(mx), make(mlxshim)], seconds, options.cold)
         rows.append({"section": name, "mlx": mlx, "mlxshim": ours, "difference": ours - mlx})
         print(
             f"{name:<26} MLX {mlx:7.2f}   mlxshim {ours:7.2f}   {ours - mlx:+7.2f} µs", flush=True

@@ -5,9 +5,10 @@ the attribute for the length of a transform reaches it. The replacement is visib
 but takes over only in a thread that is tracing; in any other it is a plain call of the original.
 
 A module is of another class while a transform runs, and of its own on every way out. A type
-(`mx.array`) is changed method by method: its replacements stay behind when the last transform ends,
-and the first call of any of them outside a transform puts all of them back, as an exception does,
-and whoever asks for `names_in_place`.
+(`mx.array`) is changed method by method: its replacements stay behind when the last transform ends.
+A call of one outside a transform goes on to MLX's own; some of those in a row put all of them back,
+as an exception does, and whoever asks for `names_in_place`. A program that calls a transform, looks
+at the result, and calls it again has the methods in place all along.
 
 MLX's own transforms are replaced for the length of a *block* (`patched()`), too, where the thread
 that is inside it sees ours and every other one MLX's.
@@ -60,7 +61,7 @@ class Interception:
             if takes_over and self.call is stand_in:
                 return handler(*args, **kwargs)
             if on_type and not _calls:
-                _restore_types()
+                _forwarded()
             return original(*args, **kwargs)
 
         self.call = stand_in
@@ -150,6 +151,9 @@ _blocks: dict[object, int] = {}
 _block_threads: frozenset[int] = frozenset()
 #: Whether the methods of types are replaced, and those that only are where a mark may be lost.
 _types_replaced = _late_replaced = False
+#: How many calls of theirs have been forwarded since a transform ran, and how many cost what it
+#: does to put all of them back and in place again.
+_forwards, _ENOUGH = 0, 64
 
 
 def intercept(
@@ -251,10 +255,12 @@ def intercepted(fun: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _enter(call: object) -> None:
+    global _forwards
     with _lock:
         first = not _calls
         _calls[call] = _get_ident()
         if first:
+            _forwards = 0
             for module in _modules.values():
                 module.owner.__class__ = module.replaced
             if not _types_replaced:
@@ -338,6 +344,14 @@ def _replace(late: bool) -> None:
         if entry.late == late:
             entry.refresh(getattr(entry.owner, entry.name))
             setattr(entry.owner, entry.name, entry.stand_in)
+
+
+def _forwarded() -> None:
+    """Said of each call of a replaced method while no transform runs."""
+    global _forwards
+    _forwards += 1
+    if _forwards >= _ENOUGH:
+        _restore_types()
 
 
 def _restore_types() -> None:
