@@ -94,6 +94,15 @@ def loss(p, x):
 
 
 @pytest.mark.parametrize("product", [hvp, vhp])
+def test_products_complain_in_their_own_name(product):
+    name, x = product.__name__, mx.ones((3,))
+    with pytest.raises(ValueError, match=rf"\[{name}\] The function must return a scalar"):
+        product(lambda x: x, x, x)
+    with pytest.raises(ValueError, match=rf"\[{name}\] fun must be callable"):
+        product(x, x, x)
+
+
+@pytest.mark.parametrize("product", [hvp, vhp])
 def test_products_with_the_hessian(product):
     p, x = {"w": mx.random.normal((2, 3)), "b": mx.random.normal((2,))}, mx.random.normal((3,))
     v, u = {"w": mx.random.normal((2, 3)), "b": mx.random.normal((2,))}, mx.random.normal((3,))

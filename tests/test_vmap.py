@@ -153,6 +153,7 @@ def test_zero_and_one_sample():
             ["left", "size 3", "right['k']", "size 4"],
         ),
         (lambda: vmap(lambda x, y: x, in_axes=(0,))(rand(2), rand(2)), ["in_axes", "2 positional"]),
+        (lambda: vmap(rand(2)), ["fun must be callable", "(2,)"]),
         (lambda: vmap(lambda x: x, in_axes=None)(rand(2)), ["Nothing is mapped"]),
         (lambda: vmap(lambda x: x)(3.0), ["Nothing is mapped"]),
         (lambda: vmap(lambda x: x, in_axes="0")(rand(2)), ["in_axes", "'0'", "str"]),

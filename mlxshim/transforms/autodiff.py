@@ -221,6 +221,12 @@ def grad_and_value(
     return differentiated
 
 
+def value_and_gradients(tag: str, fun: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """`value_and_grad` for the first arguments, which complains in the name of `tag`."""
+    g = _Gradient(tag, fun, tuple(range(count)), (), False, False, False, None)
+    return intercepted(g.value_and_grad)
+
+
 class _Gradient:
     """The options of one gradient, and the calls of it."""
 

@@ -25,7 +25,7 @@ from ..core.interception import intercepted
 from ..core.levels import standing_in
 from ._products import Traced
 from ._structure import REAL, Parts, argument_namer, describe, name_of
-from .autodiff import check_argnums, positions, value_and_grad
+from .autodiff import check_argnums, positions, value_and_grad, value_and_gradients
 from .linear import jvp
 from .vmap import vmap
 
@@ -302,7 +302,7 @@ def hvp(fun: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]
     """
     points, vectors, alone = _several("hvp", primals, tangents)
     Parts(points, argument_namer("hvp", fun)).match(vectors, "tangent")
-    gradient = value_and_grad(fun, argnums=tuple(range(len(points))))
+    gradient = value_and_gradients("hvp", fun, len(points))
 
     def both(*points: Any) -> Any:
         value, grads = gradient(*points)
@@ -338,10 +338,9 @@ def vhp(fun: Callable[..., Any], primals: Any, cotangents: Any) -> tuple[Any, An
     Source: `torch.autograd.functional.vhp`.
     """
     points, vectors, alone = _several("vhp", primals, cotangents)
-    numbers = tuple(range(len(points)))
     inputs = Parts(points, argument_namer("vhp", fun))
     weights = inputs.match(vectors, "cotangent")
-    gradient = value_and_grad(fun, argnums=numbers)
+    gradient = value_and_gradients("vhp", fun, len(points))
 
     def along(*points: Any) -> Any:
         value, grads = gradient(*points)
@@ -349,6 +348,7 @@ def vhp(fun: Callable[..., Any], primals: Any, cotangents: Any) -> tuple[Any, An
         terms = [mx.sum(g * w) for g, w in zip(found, weights)]
         return functools.reduce(mx.add, terms, mx.array(0.0)), value
 
+    numbers = tuple(range(len(points)))
     (_, value), product = value_and_grad(along, argnums=numbers, has_aux=True)(*points)
     return value, product[0] if alone else product
 

@@ -18,6 +18,7 @@ from ..core.plans import Plans
 from ..core.tangents import lacks_a_mapped_tangent, tying
 from ._mapping import Inputs, MappedOutputError, Outputs, check_spec
 from ._plain import plain_axes, reach
+from ._structure import describe
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -78,6 +79,8 @@ def vmap(
     Semantics after `jax.vmap`; randomness and chunk_size after `torch.func.vmap`. The trace
     underneath is MLX's (mlx/transforms.cpp, `vmap_trace`).
     """
+    if not callable(fun):
+        raise ArgumentError(f"[vmap] fun must be callable, found {describe(fun)}.")
     check_spec(in_axes, "in_axes")
     check_spec(out_axes, "out_axes")
     _check_options(axis_name, axis_size, randomness, chunk_size, fallback)
