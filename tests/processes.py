@@ -69,5 +69,6 @@ class Process:
     def close(self) -> None:
         if self.process is not None:
             self.process.kill()
-            with self.process:  # waits, and closes the pipes
+            # Waits, and closes the pipes: what a dead process was asked lies in one of them.
+            with contextlib.suppress(BrokenPipeError), self.process:
                 self.process = None
