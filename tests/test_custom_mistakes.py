@@ -152,6 +152,10 @@ def test_mistakes_are_named(jax, name):
 
 
 def test_what_is_not_built_says_so():
+    for transform in (mlxshim.grad, mlxshim.value_and_grad, mlxshim.vjp):
+        transform(mx.sin, *[mx.array(1.0)] * (transform is mlxshim.vjp), reduce_axes=())
+        with pytest.raises(NotImplementedError, match=r"reduce_axes .* psum\(gradients, 'batch'\)"):
+            transform(mx.sin, reduce_axes=("batch",))
     with pytest.raises(NotImplementedError, match="policy"):
         mlxshim.checkpoint(mx.sin, policy=lambda *_: True)
     with pytest.raises(NotImplementedError, match="symbolic_zeros"):

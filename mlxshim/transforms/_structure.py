@@ -246,3 +246,11 @@ def parameter(fun: Callable[..., Any], number: int) -> str:
     ):
         return several[number].name
     return f"number {number}"
+
+
+def no_reduce_axes(tag: str, axes: Any) -> None:
+    if axes:
+        raise NotImplementedError(
+            f"[{tag}] reduce_axes must be empty, as in JAX: sum the gradients, psum(gradients, "
+            f"{axes[0]!r})."
+        )

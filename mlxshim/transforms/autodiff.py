@@ -23,7 +23,7 @@ from ..core.interception import intercepted
 from ..core.levels import at_level, standing_in
 from ._products import check_complex, pair
 from ._products import conjugate as conjugated
-from ._structure import REAL, Parts, as_array, describe, name_of, parameter, plain
+from ._structure import REAL, Parts, as_array, describe, name_of, no_reduce_axes, parameter, plain
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,6 +41,7 @@ def value_and_grad(
     has_aux: Literal[True],
     holomorphic: bool = False,
     allow_int: bool = False,
+    reduce_axes: tuple[()] = (),
     conjugate: bool | None = None,
 ) -> Callable[P, tuple[tuple[R, A], Any]]: ...
 @overload
@@ -52,6 +53,7 @@ def value_and_grad(
     holomorphic: bool = False,
     allow_int: bool = False,
     *,
+    reduce_axes: tuple[()] = (),
     conjugate: bool | None = None,
 ) -> Callable[P, tuple[R, Any]]: ...
 def value_and_grad(
@@ -62,6 +64,7 @@ def value_and_grad(
     holomorphic: bool = False,
     allow_int: bool = False,
     *,
+    reduce_axes: tuple[()] = (),
     conjugate: bool | None = None,
 ) -> Callable[..., tuple[Any, Any]]:
     """The value of a scalar function and its gradient.
@@ -78,6 +81,7 @@ def value_and_grad(
         holomorphic: `fun` is a holomorphic function of complex arguments, with a complex value:
             the gradient is df/dz.
         allow_int: Integer arguments get zeros, where JAX has float0, and are not refused.
+        reduce_axes: Empty: JAX takes no other any more.
         conjugate: For a real function of a complex argument z = x + iy: True for the gradient
             df/dx + i df/dy of MLX and PyTorch, False for the df/dx - i df/dy of JAX. As they
             differ, None refuses complex arguments.
@@ -102,6 +106,7 @@ def value_and_grad(
     """
     if isinstance(argnames, bool):
         argnames, has_aux = (), argnames or has_aux
+    no_reduce_axes("value_and_grad", reduce_axes)
     g = _Gradient(
         "value_and_grad", fun, argnums, argnames, has_aux, holomorphic, allow_int, conjugate
     )
@@ -118,6 +123,7 @@ def grad(
     has_aux: Literal[True],
     holomorphic: bool = False,
     allow_int: bool = False,
+    reduce_axes: tuple[()] = (),
     conjugate: bool | None = None,
 ) -> Callable[P, tuple[Any, A]]: ...
 @overload
@@ -129,6 +135,7 @@ def grad(
     holomorphic: bool = False,
     allow_int: bool = False,
     *,
+    reduce_axes: tuple[()] = (),
     conjugate: bool | None = None,
 ) -> Callable[P, Any]: ...
 def grad(
@@ -139,6 +146,7 @@ def grad(
     holomorphic: bool = False,
     allow_int: bool = False,
     *,
+    reduce_axes: tuple[()] = (),
     conjugate: bool | None = None,
 ) -> Callable[..., Any]:
     """The gradient of a scalar function; arguments as those of `value_and_grad`.
@@ -161,6 +169,7 @@ def grad(
     """
     if isinstance(argnames, bool):
         argnames, has_aux = (), argnames or has_aux
+    no_reduce_axes("grad", reduce_axes)
     g = _Gradient("grad", fun, argnums, argnames, has_aux, holomorphic, allow_int, conjugate)
     return functools.wraps(fun, updated=())(intercepted(g.quick() or g.grad))
 

@@ -15,7 +15,7 @@ from ..core.levels import at_level, standing_in
 from ..core.primitive import Node
 from ..core.replay import same_draws
 from ._products import Traced, check_complex, copies, pull, push
-from ._structure import Parts, argument_namer, describe, name_of
+from ._structure import Parts, argument_namer, describe, name_of, no_reduce_axes
 from .vmap import vmap
 
 R = TypeVar("R")
@@ -34,13 +34,25 @@ def vjp(
 ) -> tuple[Arrays, Arrays]: ...
 @overload
 def vjp(
-    fun: Callable[..., R], *primals: Any, has_aux: Literal[False] = False
+    fun: Callable[..., R],
+    *primals: Any,
+    has_aux: Literal[False] = False,
+    reduce_axes: tuple[()] = (),
 ) -> tuple[R, Pullback]: ...
 @overload
 def vjp(
-    fun: Callable[..., tuple[R, A]], *primals: Any, has_aux: Literal[True]
+    fun: Callable[..., tuple[R, A]],
+    *primals: Any,
+    has_aux: Literal[True],
+    reduce_axes: tuple[()] = (),
 ) -> tuple[R, Pullback, A]: ...
-def vjp(fun: Callable[..., Any], *primals: Any, has_aux: bool = False, **mlx: Any) -> Any:
+def vjp(
+    fun: Callable[..., Any],
+    *primals: Any,
+    has_aux: bool = False,
+    reduce_axes: tuple[()] = (),
+    **mlx: Any,
+) -> Any:
     """The vector-Jacobian product: a function's value and its pullback, or MLX's two lists.
 
     `vjp(fun, *primals)` is JAX's form. `vjp(fun, primals, cotangents)` with two *lists of arrays*
@@ -52,6 +64,7 @@ def vjp(fun: Callable[..., Any], *primals: Any, has_aux: bool = False, **mlx: An
             returns a tree of arrays, MLX's takes arrays and returns one or several.
         primals: Where to differentiate: arrays, numbers, or trees of them.
         has_aux: `fun` returns a pair (output, aux), and only the output is differentiated.
+        reduce_axes: Empty: JAX takes no other any more.
 
     Returns:
         JAX's form: `(output, pullback)`, with `has_aux` `(output, pullback, aux)`. The pullback
@@ -79,6 +92,7 @@ def vjp(fun: Callable[..., Any], *primals: Any, has_aux: bool = False, **mlx: An
 
     Source: `jax.vjp`, `torch.func.vjp`; mlx/transforms.cpp, `vjp`.
     """
+    no_reduce_axes("vjp", reduce_axes)
     if mlx:
         return _vjp_by_name(fun, primals, **mlx)
     if not has_aux and _are_lists(primals):
