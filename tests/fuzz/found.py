@@ -362,4 +362,18 @@ def program(t):
 INPUTS = [("normal", (2,), "float32")]
 ROUNDOFF, CALLS = 2**-24, 1
 """,
+    "the third derivative of a running logarithm": """
+def program(t):
+    def f(c):
+        return [t.logcumsumexp(c, 0)]
+
+    g = t.vjp(f, [0], 1)
+    g = t.jvp(g, [0])
+    g = t.value_and_grad(g, [0])
+    return g
+
+
+INPUTS = [("normal", (4, 3), "float32")] * 3
+ROUNDOFF, CALLS = 2**-24, 1
+""",
 }

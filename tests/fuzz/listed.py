@@ -75,7 +75,7 @@ def along(b: Builder):
     forms += ["mx.minmax({x}, axis={a})", "mx.vecdot({x}, {y}, axis={a})", "{x}.min(axis={a})"]
     forms += ["mx.count_nonzero({x} > 0, axis={a})", "mx.diff({x}, n=2)", "{x}.cummax({a})"]
     forms += ["mx.cumulative_sum({x}, axis={a})", "mx.cumulative_prod(mx.tanh({x}), axis={a})"]
-    forms += ["{x}.logcumsumexp({a})", "{x}.cummin({a}, reverse=True)", "({x} > 0).all({a})"]
+    forms += ["t.logcumsumexp({x}, {a})", "{x}.cummin({a}, reverse=True)", "({x} > 0).all({a})"]
     b.let(b.choose(forms).format(x=x, y=y, a=axis))
 
 

@@ -246,10 +246,10 @@ def place_of_extremum(b: Builder):
 def scan(b: Builder):
     x = b.floating(1)
     axis = b.axis(b.arrays[x].ndim)
-    name = b.choose(["cumsum", "cummax", "cummin", "logcumsumexp", "cumprod"])
+    name = b.choose(["mx.cumsum", "mx.cummax", "mx.cummin", "t.logcumsumexp", "mx.cumprod"])
     options = b.choose(["", ", reverse=True", ", inclusive=False"])
-    inside = f"0.5 + mx.abs({x})" if name == "cumprod" else x
-    b.let(f"mx.{name}({inside}, axis={axis}{options})")
+    inside = f"0.5 + mx.abs({x})" if name == "mx.cumprod" else x
+    b.let(f"{name}({inside}, axis={axis}{options})")
 
 
 @operation("reductions", 2)
