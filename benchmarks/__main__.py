@@ -30,7 +30,8 @@ BENCHMARKS: dict[str, Callable[[float], list[str]]] = {
     "blocks": lambda minutes: ["--minutes", f"{minutes:.2f}"],
     "prefix": lambda minutes: ["--seconds", "0.3"],
     "models": lambda minutes: ["--seconds", "2"],
-    "peers": lambda minutes: ["--minutes", f"{minutes:.2f}"],
+    # Seven processes, and XLA compiles: in less there would be holes.
+    "peers": lambda minutes: ["--minutes", f"{max(minutes, 3.0):.2f}"],
     "blas": lambda minutes: ["--repeats", "20"],
 }
 #: The smallest that each runs at: it says that the command works, and nothing of speed.

@@ -14,6 +14,8 @@ import mlxshim
 
 Thunk = Callable[[], list[mx.array]]
 GPU = mx.default_device().type == mx.gpu
+#: Which of the times of `measure` is compared: on a CPU the process's own.
+TIME = "ms" if GPU else "own_ms"
 
 
 def measure(fun: Thunk, repeats: int, seconds: float = 1.5) -> dict[str, float]:

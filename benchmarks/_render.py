@@ -14,7 +14,8 @@ HEADER = """# Performance
 Written by `python -m benchmarks` from the files in [benchmarks/](benchmarks/); every number is one
 that a command below measured, with its competitors in the same run. `alone` is the median time of
 one call that is traced, evaluated and waited for; `piped` a call's share of several that are waited
-for once, as in a training loop. Memory is the peak above the inputs.
+for once, as in a training loop. Memory is the peak above the inputs. `own` is, on a CPU, the time
+of the process's own, which other work on the machine lengthens less.
 """
 
 
@@ -80,21 +81,25 @@ def attention(result: Result) -> str:
             row = found.get((length, name), {})
             if "ms" not in row:
                 return str(row.get("note", ""))
-            return f"{row['ms']:.2f} / {row['pipelined_ms']:.2f} ms, {row['mib']:.0f} MiB"
+            times = "{own_ms:.2f}" if "own_ms" in row else "{ms:.2f} / {pipelined_ms:.2f}"
+            return times.format(**row) + f" ms, {row['mib']:.0f} MiB"
 
         body = ((n, *(cell(n, name) for name in used)) for n in lengths)
-        text.append(f"**{section}** (alone / piped)\n\n{table(('L', *used), body)}")
+        kind = "own" if any("own_ms" in row for row in rows) else "alone / piped"
+        text.append(f"**{section}** ({kind})\n\n{table(('L', *used), body)}")
     return "\n\n".join(text)
 
 
 def operations(result: Result) -> str:
-    head = ("", "contender", "alone", "piped", "memory")
+    own = any("own_ms" in row for row in result["rows"])
+    times = {"own": "own_ms"} if own else {"alone": "ms", "piped": "pipelined_ms"}
     return table(
-        head,
+        ("", "contender", *times, "memory"),
         (
             (
-                row["section"], row["contender"], number(row, "ms", "ms") or row.get("note"),
-                number(row, "pipelined_ms", "ms"), number(row, "mib", "MiB", 0),
+                row["section"], row["contender"],
+                *(number(row, key, "ms", 3) or row.get("note", "") for key in times.values()),
+                number(row, "mib", "MiB", 0),
             )
             for row in result["rows"]
         ),
@@ -105,7 +110,7 @@ def scaling(result: Result) -> str:
     head = ("series", "varies", "from", "to", "slope of time", "slope of memory", "theory")
 
     def ends(row: Result) -> str:
-        return f"{row['size']}: {row['ms']:.2f} ms, {row['mib']:.1f} MiB"
+        return f"{row['size']}: {row.get('own_ms', row['ms']):.2f} ms, {row['mib']:.1f} MiB"
 
     rows = [
         (
@@ -121,7 +126,7 @@ def scaling(result: Result) -> str:
         keys = ("ratio", "of_it_traces", "compiled")
         text += (
             f"\n\nGradient norms of {result['chunks'][0]['samples']} samples of a 4-layer "
-            "transformer by `chunk_size`, the medians of ratios within a round:\n\n"
+            "transformer by `chunk_size`, the least of several rounds in turns:\n\n"
         ) + table(
             head,
             (

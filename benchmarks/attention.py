@@ -25,7 +25,7 @@ import mlx.core as mx
 
 import mlxshim
 
-from ._measure import GPU, Thunk, by_loop, describe_machine, error_of, measure
+from ._measure import GPU, TIME, Thunk, by_loop, describe_machine, error_of, measure
 from ._program import announce, command_line, pyplot, save
 
 
@@ -188,7 +188,7 @@ def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
 
     figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex=True)
     for column, section in enumerate(("forward", "grad")):
-        for line, (key, label) in enumerate((("ms", "milliseconds"), ("mib", "peak MiB"))):
+        for line, (key, label) in enumerate(((TIME, "milliseconds"), ("mib", "peak MiB"))):
             axis = axes[line][column]
             for name in ("by hand", "mlxshim", "mx.vmap", "loop"):
                 points = [

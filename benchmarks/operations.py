@@ -18,7 +18,7 @@ import mlx.core as mx
 
 import mlxshim
 
-from ._measure import GPU, describe_machine, error_of, measure
+from ._measure import GPU, TIME, describe_machine, error_of, measure
 from ._program import announce, command_line, pyplot, save
 
 DTYPE = mx.bfloat16 if GPU else mx.float32
@@ -174,7 +174,7 @@ def draw(rows: list[dict[str, Any]], path: str, title: str) -> None:
     figure, grid = plt.subplots(3, -(-len(sections) // 3), figsize=(16, 9), squeeze=False)
     for axis, section in zip(grid.flat, sections):
         some = [r for r in rows if r["section"] == section and "ms" in r]
-        axis.barh([r["contender"] for r in some][::-1], [r["ms"] for r in some][::-1])
+        axis.barh([r["contender"] for r in some][::-1], [r[TIME] for r in some][::-1])
         axis.set(title=section, xlabel="ms")
     figure.suptitle(title)
     figure.tight_layout()

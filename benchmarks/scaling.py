@@ -6,8 +6,8 @@ Each series varies one size of vmap(grad) of attention, or of a transformer's pe
 The slope is that of the line through log(time) or log(memory) over the larger half of the sizes,
 next to what theory says: 1 is linear, 2 quadratic, 0 level. On a CPU time is the process's own.
 
-`chunks` runs all sizes of a chunk in turns, round after round, and compares those of one round:
-"of it traces" is what Python takes to trace the function once for each chunk. The soak makes 10 000
+`chunks` runs all sizes of a chunk in turns, round after round, and compares the least of each: "of
+it traces" is what Python takes to trace the function once for each chunk. The soak makes 10 000
 calls, half of them with a `vmap` made anew, and reads what MLX and the process hold on the way.
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import math
 import resource
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,14 +25,13 @@ import mlx.core as mx
 
 import mlxshim
 
-from ._measure import GPU, describe_machine, measure
+from ._measure import GPU, TIME, describe_machine, measure
 from ._model import Shape, losses, weights
 from ._program import announce, command_line, pyplot, save
 
 Thunk = Callable[[], list[mx.array]]
 Point = tuple[int, Thunk]
 
-TIME = "ms" if GPU else "own_ms"
 DTYPE = mx.bfloat16 if GPU else mx.float32
 N, HEADS, KV_HEADS, LENGTH, DIM = (16, 32, 8, 1024, 128) if GPU else (4, 8, 2, 128, 64)
 
@@ -134,7 +132,7 @@ def chunks(n: int, length: int, seconds: float) -> list[dict[str, Any]]:
     times: dict[int, list[tuple[float, float, float]]] = {c: [] for c in sizes}
     peaks: dict[int, float] = {}
     start = time.perf_counter()
-    while len(times[n]) < 4 or time.perf_counter() - start < seconds:
+    while len(times[n]) < 8 or time.perf_counter() - start < seconds:
         for c in sizes:
             active = mx.get_active_memory()
             mx.reset_peak_memory()
@@ -144,21 +142,17 @@ def chunks(n: int, length: int, seconds: float) -> list[dict[str, Any]]:
             peaks[c] = (mx.get_peak_memory() - active) / 2**20
             trace = timed(lambda c=c: [whole(tree, tokens[p], targets[p]) for p in parts[c]])
             times[c].append((took, trace, timed(lambda c=c: by_hand(c))))
-    rounds = range(1, len(times[n]))  # the first warms up, and compiles
-
-    def ratio(c: int, which: int) -> float:
-        """To all at once, of the same round."""
-        return statistics.median(times[c][r][which] / times[n][r][0] for r in rounds)
-
+    # The first round warms up, and compiles.
+    least = {c: [min(column) for column in zip(*times[c][1:])] for c in sizes}
     return [
         {
             "length": length,
             "samples": n,
             "chunk": c,
-            "ms": statistics.median(times[c][r][0] for r in rounds),
-            "ratio": ratio(c, 0),
-            "of_it_traces": ratio(c, 1),
-            "compiled": ratio(c, 2),
+            "ms": least[c][0],
+            "ratio": least[c][0] / least[n][0],
+            "of_it_traces": least[c][1] / least[n][0],
+            "compiled": least[c][2] / least[n][0],
             "mib": peaks[c],
         }
         for c in sizes

@@ -55,7 +55,8 @@ def vmap(
         axis_size: The size of the mapped axis. Needed only where no argument is mapped.
         randomness: What `mx.random` functions without a key draw: something "different" for each
             sample, as in a loop; the "same" for all; or "error", to refuse.
-        chunk_size: At most this many samples are in memory at a time; the others wait.
+        chunk_size: At most this many samples are in memory at a time; the others wait. `fun` is
+            traced once for each chunk.
         fallback: What becomes of an operation that has no batching rule: a "loop" over the samples
             with a `PerformanceWarning`, or an "error".
 
