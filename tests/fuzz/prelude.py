@@ -103,14 +103,17 @@ class Meant:
     @staticmethod
     def logcumsumexp(x, axis, reverse=False, inclusive=True):
         """Written out: MLX's third derivative is wrong (docs/mlx-issues.md)."""
+        if not inclusive and x.size:  # what is over nothing has no derivative
+            others = mx.split(x, [1] if reverse else [-1], axis=axis)[1 if reverse else 0]
+            rows = [mx.full(_other(x, axis, 1), -math.inf, x.dtype)]
+            rows.append(Meant.logcumsumexp(others, axis, reverse))
+            return mx.concatenate(rows[::-1] if reverse else rows, axis=axis)
         n = mx.arange(x.shape[axis])
         i, j = (n[:, None], n) if reverse else (n, n[:, None])
-        used = (i <= j) if inclusive else (i < j)
         rows = mx.moveaxis(x, axis, -1)
-        largest = mx.cummax(mx.stop_gradient(rows), -1, reverse=reverse, inclusive=inclusive)
-        terms = mx.where(used, rows[..., None, :] - largest[..., None], -math.inf)
-        nothing = mx.logical_not(mx.any(used, axis=1))
-        y = largest + mx.log(mx.sum(mx.exp(terms), axis=-1) + nothing.astype(x.dtype))
+        largest = mx.cummax(mx.stop_gradient(rows), -1, reverse=reverse)
+        terms = mx.where(i <= j, rows[..., None, :] - largest[..., None], -math.inf)
+        y = largest + mx.log(mx.sum(mx.exp(terms), axis=-1))
         return mx.moveaxis(y.astype(x.dtype), -1, axis)
 
     # Of branches all are run, and of loops ROUNDS rounds.
