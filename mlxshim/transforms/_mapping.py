@@ -12,6 +12,7 @@ from ..core import trees
 from ..core.errors import ArgumentError
 from ..core.primitive import Node
 from ._flat import Slot, is_number, is_numpy
+from ._structure import describe
 
 
 def check_spec(spec: Any, name: str) -> None:
@@ -64,7 +65,7 @@ class Inputs:
         except trees.PrefixError as e:
             raise ArgumentError(
                 f"[vmap] in_axes does not fit argument {self._name(e.path)}: the axes are "
-                f"{e.spec!r}, the argument is {_describe(e.node)}. Give one int or None for all of "
+                f"{e.spec!r}, the argument is {describe(e.node)}. Give one int or None for all of "
                 "it, or containers like its own."
             ) from None
 
@@ -243,7 +244,7 @@ class Outputs:
         if places != [(path, type(leaf)) for path, leaf in trees.leaves(self.tree)]:
             raise ArgumentError(
                 f"[vmap] The function must return the same tree for all samples; it is "
-                f"{_describe(other)} for one and {_describe(tree)} for another."
+                f"{describe(other)} for one and {describe(tree)} for another."
             )
         for path, leaf in trees.leaves(self.tree):
             if type(leaf) is not Slot:
@@ -290,7 +291,7 @@ class Outputs:
                 where = trees.written(path)
                 raise ArgumentError(
                     f"[vmap] The function must return arrays; its output{where} is "
-                    f"{_describe(leaf)}."
+                    f"{describe(leaf)}."
                 )
             if axis is None:
                 self.shared[len(arrays)] = leaf
@@ -307,7 +308,7 @@ class Outputs:
         except trees.PrefixError as e:
             raise ArgumentError(
                 f"[vmap] out_axes does not fit the output{trees.written(e.path)}: the axes "
-                f"are {e.spec!r}, the output is {_describe(e.node)}. Give one int or None for all "
+                f"are {e.spec!r}, the output is {describe(e.node)}. Give one int or None for all "
                 "of it, or containers like its own."
             ) from None
         if not arrays:
@@ -390,9 +391,3 @@ def _mapped_error(path: trees.Path) -> MappedOutputError:
         f"[vmap] out_axes is None for the output{trees.written(path)}, but that output "
         "depends on a mapped argument: give it an axis."
     )
-
-
-def _describe(node: Any) -> str:
-    if isinstance(node, mx.array):
-        return f"an array of shape {tuple(node.shape)}"
-    return trees.describe(node)
