@@ -40,3 +40,5 @@ else:
     from . import partitions as partitions
 if MLX < (0, 32, 0):
     from . import plain_0_31 as plain_0_31
+else:
+    from . import extrema as extrema
