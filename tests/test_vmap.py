@@ -15,7 +15,7 @@ import pytest
 
 import mlxshim
 from mlxshim import grad, vmap
-from mlxshim.core import interception
+from mlxshim.core import interception, trees
 
 Pair = collections.namedtuple("Pair", "a b")
 
@@ -297,6 +297,45 @@ def test_outputs_come_in_the_tree_of_the_function(tree):
     graph = io.StringIO()
     mx.export_to_dot(graph, *mlxshim.tree_leaves(vmap(look)(xs)))
     assert "Transpose" not in graph.getvalue()
+
+
+class Attributes(dict):
+    pass
+
+
+class Slots(dict):
+    __slots__ = ("unit",)
+
+
+class OwnWay(dict):
+    def __copy__(self):
+        new = OwnWay(self)
+        new.unit = self.unit + " copied"
+        return new
+
+
+@pytest.mark.parametrize(
+    "kind, of_copy",
+    [(Attributes, False), (Slots, True), (OwnWay, True), (collections.OrderedDict, True)],
+)
+def test_a_dict_of_another_class_keeps_what_it_carries(kind, of_copy, monkeypatch):
+    """One with nothing but entries and attributes, as a module, without the way of a pickle."""
+    copied, seen = [], []
+    monkeypatch.setattr(trees.copy, "copy", lambda x, f=trees.copy.copy: copied.append(x) or f(x))
+    shared = kind(w=rand(3))
+    shared.unit = "m"
+
+    def f(x, shared):
+        seen.append(shared)
+        shared["w"] = shared["w"] * x
+        shared.unit += "!"
+        return shared["w"]
+
+    x, w = rand(2), shared["w"]
+    same(vmap(f, in_axes=(0, None))(x, shared), x[:, None] * w)
+    assert type(seen[0]) is kind and seen[0] is not shared
+    assert seen[0].unit == ("m copied!" if kind is OwnWay else "m!")
+    assert shared["w"] is w and shared.unit == "m" and bool(copied) == of_copy
 
 
 def test_an_unmapped_array_is_not_changed_in_place():

@@ -6,6 +6,8 @@ An axis specification is a *prefix* of a tree: an int or None where it speaks fo
 from __future__ import annotations
 
 import copy
+import copyreg
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -46,12 +48,32 @@ def rebuild(node: Any, values: list[Any]) -> Any:
     if isinstance(node, dict):
         if type(node) is dict:
             return dict(zip(node, values))
-        new = copy.copy(node)  # an OrderedDict, a defaultdict, an nn.Module: keeps what it carries
+        # An OrderedDict, a defaultdict, an nn.Module: keeps what it carries.
+        if _is_entries_and_attributes(type(node)):
+            new = type(node).__new__(type(node))
+            vars(new).update(vars(node))
+        else:
+            new = copy.copy(node)
         dict.update(new, zip(node, values))  # nn.Module.update means something else
         return new
     if isinstance(node, tuple):
         return type(node)(*values) if hasattr(node, "_fields") else type(node)(values)
     return type(node)(values)
+
+
+@functools.lru_cache(maxsize=512)
+def _is_entries_and_attributes(kind: type) -> bool:
+    """Whether a dict of this class has nothing else to copy, nor a way of its own to be copied.
+
+    Then it need not be taken apart as for a pickle, which is what `copy.copy` does: a model has a
+    module for each few of its arrays.
+    """
+    ours = [c for c in kind.__mro__ if c not in (dict, object)]
+    own_way = ("__copy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+    own_way += ("__new__", "__slots__", "__getnewargs__", "__getnewargs_ex__")
+    return kind not in copyreg.dispatch_table and all(
+        c.__module__ != "collections" and not any(name in vars(c) for name in own_way) for c in ours
+    )
 
 
 def leaves(tree: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
