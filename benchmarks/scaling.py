@@ -260,6 +260,8 @@ def draw(result: dict[str, Any], path: str, title: str) -> None:
         axis.plot(sizes, [r[TIME] for r in rows], "o-", label="ms")
         axis.plot(sizes, [r["mib"] for r in rows], "s--", label="MiB")
         axis.set(title=name, xlabel=one["varies"], xscale="log", yscale="log")
+        values = [r[key] for r in rows for key in (TIME, "mib")]
+        axis.set_ylim(min(values) / 2, max(values) * 2)  # what is level looks it
         axis.grid(alpha=0.3)
         axis.legend()
     axis = grid.flat[-2]
