@@ -161,7 +161,7 @@ class Tally:
 
 KINDS = {
     "compared": "as the loop",
-    "looped": "as the loop, by a loop over the samples and with a warning",
+    "looped": "as the loop, with a warning: a loop over the samples, or nothing recomputed",
     "no case": "nothing to compare with: MLX itself refuses, dies, or magnifies rounding",
     "failed": "a mismatch, a crash or a hang",
 }
