@@ -49,7 +49,7 @@ def _within(a: mx.array, axis: Any) -> mx.array:
     An axis that is mapped further out is then one of several that stay, as in the sample.
     """
     stack = levels.active()
-    if stack.count("vmap") < 2 or type(axis) is int:
+    if type(axis) is int or stack.count("vmap") < 2:
         return a
     outer, inner = stack.index("vmap"), len(stack) - 1 - stack[::-1].index("vmap")
     return fronted(a) if any(kind != "vmap" for kind in stack[outer:inner]) else a
