@@ -111,7 +111,8 @@ class Meant:
         n = mx.arange(x.shape[axis])
         i, j = (n[:, None], n) if reverse else (n, n[:, None])
         rows = mx.moveaxis(x, axis, -1)
-        largest = mx.cummax(mx.stop_gradient(rows), -1, reverse=reverse)
+        most = mx.finfo(x.dtype).max  # infinity minus itself is no number
+        largest = mx.clip(mx.cummax(mx.stop_gradient(rows), -1, reverse=reverse), -most, most)
         terms = mx.where(i <= j, rows[..., None, :] - largest[..., None], -math.inf)
         y = largest + mx.log(mx.sum(mx.exp(terms), axis=-1))
         return mx.moveaxis(y.astype(x.dtype), -1, axis)
