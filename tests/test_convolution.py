@@ -86,6 +86,38 @@ def test_gradients_of_gradients():
         assert close(got, loop(mlxshim.grad(penalty, argnums=n), (0, 0))(xs, ws))
 
 
+AGAIN = [  # the input's size, the kernel's, and what MLX's own second derivatives do not survive
+    (1, 3, {"padding": 1, "input_dilation": 2, "flip": True}),  # a shape with no entries
+    (5, 2, {"padding": 1, "stride": 3}),  # wrong numbers: an end that is left out
+    (32, 3, {"padding": 1, "stride": 2}),
+    (2, 1, {"stride": 2}),  # an error
+    (4, 2, {"padding": ([1], [2]), "input_dilation": 2, "flip": True}),
+    (5, 1, {"stride": 2, "flip": True}),  # on 0.31
+    (5, 3, {"padding": 2, "stride": 3}),
+    (6, 3, {"padding": 1}),
+]
+
+
+@pytest.mark.parametrize("size, kernel, static", AGAIN, ids=str)
+def test_second_derivatives_are_those_of_the_definition(size: int, kernel: int, static: dict):
+    x, w = normal(2, size, 2), normal(3, kernel, 2)
+    of_x, of_w = normal(*x.shape), normal(*w.shape)
+
+    def again(transforms: object, conv: object) -> list[mx.array]:
+        def loss(x: mx.array, w: mx.array) -> mx.array:
+            return mx.sin(conv(x, w)).sum()
+
+        def slope(x: mx.array, w: mx.array) -> mx.array:
+            dx, dw = transforms.grad(loss, argnums=(0, 1))(x, w)
+            return (dx * of_x).sum() + (dw * of_w).sum()
+
+        return transforms.grad(slope, argnums=(0, 1))(x, w)
+
+    got = again(mlxshim, lambda x, w: mx.conv_general(x, w, **static))
+    for g, want in zip(got, again(mx, defined(1, **static))):
+        assert close(g, want)
+
+
 # Layers ----------------------------------------------------------------------------------------
 
 

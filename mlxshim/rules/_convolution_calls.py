@@ -78,17 +78,58 @@ def _raw_weight_gradient(x: mx.array, y: mx.array, form: Form) -> mx.array:
 def right_gradients(form: Form) -> tuple[bool, bool]:
     """Whether MLX's own gradients of the input and of the weight are right.
 
-    It takes the same padding for both sides, and of what it would have to crop it crops too much.
+    Of what it would have to crop it crops too much. Which side's padding it takes for the end of
+    the first depends on its version.
     """
+    of_inputs = [_of_input(form, padding) for padding in (form.low, form.high)]
+    right = all(min(g.low + g.high) >= 0 and g.outputs() == form.sizes for g in of_inputs)
+    return right, _by_patches(form) or min(_of_weight(form).high) >= 0
+
+
+@functools.lru_cache(maxsize=512)
+def right_derivatives(form: Form) -> bool:
+    """Whether its gradients of these gradients are right, too, as they are convolutions."""
+    of_input, of_weight = _of_input(form, form.low), _of_weight(form)
+    if not all((*right_gradients(form), *right_gradients(of_input))):
+        return False
+    if not _by_patches(form):
+        return all(right_gradients(of_weight))
+    # Patches have no right derivative where they leave out the end.
+    sides = zip(*form.spread(), form.low, form.high, form.stride)
+    return all((n + low + high - k) % s == 0 for n, k, low, high, s in sides)
+
+
+def _of_input(form: Form, padding: Sizes) -> Form:
+    """The convolution of y that is the gradient of the input, by the padding of one side."""
     sizes, kernel = form.spread()
-    spans = [1 + s * (n - 1) for n, s in zip(form.outputs(), form.stride)]
-    sides = list(zip(sizes, kernel, spans, form.low))
-    of_input = form.low == form.high and all(
-        k - low > 0 and n - span + low >= 0 for n, k, span, low in sides
+    spans = (1 + s * (n - 1) for n, s in zip(form.outputs(), form.stride))
+    return form._replace(
+        stride=form.input_dilation,
+        low=tuple(k - 1 - low for k, low in zip(kernel, form.low)),
+        high=tuple(n - span + p for n, span, p in zip(sizes, spans, padding)),
+        input_dilation=form.stride,
+        flip=not form.flip,
+        sizes=form.outputs(),
     )
-    dilated = form.dilation + form.input_dilation != (1,) * (2 * len(form.sizes))
-    by_patches = not dilated and not form.flip and form.groups == 1
-    return of_input, by_patches or all(span - n + k - low > 0 for n, k, span, low in sides)
+
+
+def _of_weight(form: Form) -> Form:
+    """The convolution of x, with y as its kernel, that is the gradient of the weight."""
+    spans = (1 + s * (n - 1) for n, s in zip(form.outputs(), form.stride))
+    sides = zip(spans, *form.spread(), form.low)
+    return form._replace(
+        stride=form.dilation,
+        high=tuple(span - n + k - low - 1 for span, n, k, low in sides),
+        dilation=form.stride,
+        flip=False,
+        kernel=form.outputs(),
+    )
+
+
+def _by_patches(form: Form) -> bool:
+    """Whether MLX takes the patches of the input for the gradient of the weight."""
+    dilated = {1} != {*form.dilation, *form.input_dilation}
+    return not dilated and not form.flip and form.groups == 1
 
 
 def _plain_loop(form: Form) -> bool:

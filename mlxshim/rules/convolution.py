@@ -23,7 +23,8 @@ MLX's own rules are right where the weight is in no trace. What comes here other
 * an input and a weight both mapped: with groups, wrong numbers; in three dimensions, an error;
 * the gradient of the weight under vmap: an error (`AsStrided` has no vmap);
 * gradients, without any vmap, where the padding is not the same on both sides or wider than the
-  kernel, or where the end of a dilated input is not used: wrong numbers or shapes;
+  kernel, or where the end of a dilated input is not used, and gradients of gradients where that is
+  so of the convolution that the first one is: wrong numbers or shapes;
 * jvp, of which there is none.
 """
 
@@ -38,6 +39,7 @@ import mlx.core as mx
 from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
+from ..core.versions import MLX
 from . import _convolution_calls as calls
 from ._convolution_calls import Form
 from ._folding import on_stream
@@ -161,8 +163,10 @@ def _served(
     out: mx.array, x: mx.array, w: mx.array, static: tuple[Any, ...], stream: Any
 ) -> mx.array:
     """`out`, which is MLX's own answer, wherever MLX's own rules are right."""
-    mapped, pushed = "vmap" in levels.active(), "jvp" in levels.active()
-    form, right = _form_of(x.shape[1:-1], w.shape[1:-1], *static)
+    stack = levels.active()
+    mapped, pushed = "vmap" in stack, "jvp" in stack
+    form, right, right_again = _form_of(x.shape[1:-1], w.shape[1:-1], *static)
+    right = right_again if stack.count("grad") > 1 else right
     if right and not pushed and (not mapped or not is_tracer(w)):
         return out
     if not is_tracer(out):
@@ -190,8 +194,8 @@ def _form_of(
     input_dilation: Any,
     groups: int,
     flip: bool = False,
-) -> tuple[Form, bool]:
-    """The form, and whether MLX's own gradients of a convolution of that form are right."""
+) -> tuple[Form, bool, bool]:
+    """The form, and whether MLX's own gradients are right, and gradients of them."""
     count = len(sizes)
     low, high = _each(low, count), _each(high, count)
     form = Form(
@@ -209,7 +213,9 @@ def _form_of(
         raise ValueError(
             f"[conv] A kernel of {kernel} does not fit in an input of {sizes} with this padding."
         )
-    return form, all(calls.right_gradients(form))
+    # Before 0.32.4 not of a flipped kernel of one entry, nor by wide padding.
+    again = MLX >= (0, 32, 4) and calls.right_derivatives(form)
+    return form, all(calls.right_gradients(form)), again
 
 
 def _bind(function: Primitive, a: mx.array, b: mx.array, form: Form) -> mx.array:
