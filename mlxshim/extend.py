@@ -28,6 +28,7 @@ import mlx.core as mx
 from .core import levels, native
 from .core.interception import intercept as intercept
 from .core.interception import original as original
+from .core.opaque import once_each
 from .core.primitive import Primitive
 
 Rule = Callable[..., Any]
@@ -125,7 +126,7 @@ class Operation:
         listed = functools.partial(self._primitive.decomposition, **static)
         # MLX takes a tuple of axes only for several arguments.
         spec: Any = tuple(axes) if len(axes) > 1 else axes[0]
-        outputs: Any = native.vmap(listed, in_axes=spec)(*arrays)
+        outputs: Any = native.vmap(lambda *xs: once_each(listed(*xs)), in_axes=spec)(*arrays)
         return list(outputs), [0] * len(outputs)
 
 

@@ -248,3 +248,18 @@ def test_policies_keep_everything_or_nothing():
         calls.clear()
         mx.eval(grad(mlxshim.checkpoint(block, policy=policy))(mx.array(0.5)))
         assert len(calls) == count
+
+
+def test_a_result_that_is_there_twice_is_the_same_for_all_axes():
+    def twice(x):
+        y = mx.abs(mx.sin(mx.broadcast_to(x, (3, 2))))
+        return [y, y]
+
+    x, t = mx.random.normal((2, 4)), mx.random.normal((2, 4))
+    got = [
+        mlxshim.jvp(mlxshim.vmap(f, in_axes=1, out_axes=[2, 1]), [x], [t])
+        for f in (mlxshim.checkpoint(twice), twice)
+    ]
+    for results, wanted in zip(*got):
+        for y, want in zip(results, wanted):
+            assert y.shape == want.shape and mx.allclose(y, want, atol=1e-6)

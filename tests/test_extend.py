@@ -160,3 +160,15 @@ def test_mlx_own_transforms_see_the_rules_too():
     op = swish()
     op.def_vjp(lambda primals, cotangents, outputs, *, beta=1.0: [primals[0] * 7, primals[1]])
     assert mx.array_equal(mx.grad(lambda x: op(x, Y).sum())(X), X * 7)
+
+
+def test_an_operation_that_returns_an_array_twice():
+    @mlxshim.primitive
+    def twice(x):
+        y = mx.broadcast_to(mx.sin(x), (3, 2))
+        return y, y
+
+    x = mx.random.normal((2, 4))
+    one, other = mlxshim.vmap(twice, in_axes=1)(x)
+    want = mx.stack([mx.broadcast_to(mx.sin(v), (3, 2)) for v in x.T])
+    assert mx.array_equal(one, want) and mx.array_equal(other, want)

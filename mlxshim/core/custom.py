@@ -26,7 +26,7 @@ import mlx.core as mx
 from . import levels, native
 from .errors import NoBatchingRule
 from .interception import intercepted, original
-from .opaque import copies, in_front
+from .opaque import copies, in_front, once_each
 from .primitive import Arrays, Axes, Node, Primitive, mapped_size, several
 from .tangents import tied, tying
 
@@ -270,7 +270,7 @@ def mapped(
 
     def run(*xs: mx.array) -> list[mx.array]:
         nonlocal through
-        outputs = body(xs[first], *xs)
+        outputs = once_each(body(xs[first], *xs))
         through = True
         return outputs
 

@@ -54,6 +54,24 @@ def in_front(size: int, arrays: Arrays, axes: Axes) -> list[mx.array]:
     return [copies(x, size) if a is None else mx.moveaxis(x, a, 0) for x, a in zip(arrays, axes)]
 
 
+def another_node(x: mx.array) -> mx.array:
+    """`x` as a node of its own; no memory is written."""
+    return mx.transpose(x, tuple(range(x.ndim))) if x.ndim else x
+
+
+def once_each(outputs: Arrays) -> list[mx.array]:
+    """The outputs of what `mx.vmap` maps: it moves the axis of one that is there twice twice.
+
+    Whether two are the same node cannot be asked, so one of a shape that was met is another.
+    """
+    shapes: set[tuple[int, ...]] = set()
+    found = []
+    for x in outputs:
+        found.append(another_node(x) if x.shape in shapes else x)
+        shapes.add(x.shape)
+    return found
+
+
 # In order --------------------------------------------------------------------------------------
 
 

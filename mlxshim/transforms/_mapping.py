@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from ..core import trees
 from ..core.errors import ArgumentError
+from ..core.opaque import another_node
 from ..core.primitive import Node
 from ._flat import Slot, is_number, is_numpy
 from ._structure import describe
@@ -297,9 +298,7 @@ class Outputs:
                 self.shared[len(arrays)] = leaf
                 leaf, axis = share(leaf, path), 0
             self._check_axis(leaf, axis, path)
-            if arrays and leaf.ndim:  # as in `_plain`
-                leaf = mx.transpose(leaf, tuple(range(leaf.ndim)))
-            arrays.append(leaf)
+            arrays.append(another_node(leaf) if arrays else leaf)  # as in `_plain`
             axes.append(axis)
             return Slot(len(arrays) - 1)
 
@@ -355,8 +354,7 @@ _AS_IT_IS = object()
 def _plain(tree: Any, axis: int, shapes: set[tuple[int, ...]]) -> Any:
     """`tree`, if there is nothing in it but arrays that have a place for the mapped axis.
 
-    MLX moves the axis of an output that is there twice twice. One of a shape that has been met, in
-    `shapes`, is made another node.
+    One of a shape that has been met, in `shapes`, is made another node: see `opaque.once_each`.
     """
     kind = type(tree)
     if kind is mx.array:
@@ -364,7 +362,7 @@ def _plain(tree: Any, axis: int, shapes: set[tuple[int, ...]]) -> Any:
         if not -len(shape) - 1 <= axis <= len(shape):
             return None
         if shape in shapes:
-            return mx.transpose(tree, tuple(range(len(shape)))) if shape else tree
+            return another_node(tree)
         shapes.add(shape)
         return tree
     if kind is dict:
