@@ -417,6 +417,8 @@ def compare(program, kinds, *, roundoff=2**-24, calls=1, announce=print):
             announce("loop")
             if "needs MLX 0.32" in wrong or isinstance(got, mlxshim.ConcretizationError):
                 return f"no case: {wrong}"
+            if "_Map_base::at" in wrong:  # MLX compiles what is there twice (docs/mlx-issues.md)
+                return f"no case: {wrong}"
             if any(mx.any(mx.isnan(w)).item() for w in want):
                 taken = outcome(program(Taken), xs)
                 same = not isinstance(taken, Exception) and not isinstance(got, Exception)
