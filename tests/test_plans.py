@@ -267,3 +267,17 @@ def test_calls_that_are_known_are_those_that_are_asked_for(fun, place, monkeypat
         got = mapped(*arrays)
         want = loop(functools.partial(fun, turn=turn), place)(*arrays)
         assert close(got, want), turn
+
+
+def test_a_vector_stays_one_in_nested_vmaps():
+    pack = mx.quantize(mx.random.normal((32, 64)), group_size=32, bits=4)
+
+    def square(v: mx.array, _: mx.array) -> mx.array:
+        y = mx.quantized_matmul(v, *pack, group_size=32, bits=4)
+        return y @ y
+
+    vs = mx.random.normal((3, 64))
+    nested = mlxshim.vmap(mlxshim.vmap(square, in_axes=(0, None)), in_axes=(None, 0))
+    got = nested(vs, mx.zeros(2))
+    want = mx.stack([square(v, v) for v in vs])
+    assert mx.allclose(got, mx.stack([want, want]), rtol=1e-4)

@@ -21,14 +21,16 @@ def _tied_matmul(a: mx.array, b: mx.array) -> mx.array:
     it is done only where a further vmap or jvp will follow.
     """
     if sum(kind != "grad" for kind in levels.active()) > 1:
-        a, b = a + _zero(b, a.dtype), b + _zero(a, b.dtype)
+        a, b = a + _zero(b, a), b + _zero(a, b)
     return mx.matmul(a, b)
 
 
-def _zero(x: mx.array, dtype: mx.Dtype) -> mx.array:
+def _zero(x: mx.array, like: mx.array) -> mx.array:
     corner = mx.stop_gradient(x[(slice(0, 1),) * x.ndim])
+    if x.ndim > like.ndim:  # a vector and a matrix
+        corner = mx.squeeze(corner, tuple(range(x.ndim - like.ndim)))
     # `x * 0` would be NaN for an infinite x.
-    return mx.logical_and(mx.isnan(corner), mx.array(False)).astype(dtype)
+    return mx.logical_and(mx.isnan(corner), mx.array(False)).astype(like.dtype)
 
 
 def _bounded_keep(keep: mx.array, scores: mx.array, floor: float) -> mx.array:
