@@ -54,7 +54,8 @@ def compared(b: Builder):
 @operation("elementwise")
 def of_integers_by_name(b: Builder):
     x = b.some(is_integer) or b.argument("integers", b.shape())
-    b.let(f"mx.{b.choose(OF_INTEGERS)}({x}, {b.partner(x, 'integers')})")
+    name, y = b.choose(OF_INTEGERS), b.partner(x, "integers")
+    b.let(f"mx.{name}({x}, {y} & 7)" if "shift" in name else f"mx.{name}({x}, {y})")
 
 
 @operation("elementwise")

@@ -131,7 +131,7 @@ def of_integers(b: Builder):
             "{x} ^ {y}",
             "{x} << 1",
             "{x} >> 1",
-            "mx.left_shift({x}, {y})",
+            "mx.left_shift({x}, {y} & 7)",  # by more than the width it is undefined
             "mx.bitwise_invert({x})",
             "{x} // (1 + mx.abs({y}))",
             "{x} % (1 + mx.abs({y}))",
