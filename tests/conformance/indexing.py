@@ -294,8 +294,9 @@ def _product(inverse: bool) -> Callable[..., mx.array]:
 
     def of(y: mx.array, u: mx.array, i: mx.array) -> mx.array:
         u = mx.reciprocal(u) if inverse else u
-        here = mx.expand_dims(i[:, None] == mx.arange(y.shape[0]), (2, 3))
-        return y * mx.prod(mx.where(here, mx.expand_dims(u, 1), mx.ones((1, 1, 1, 1), u.dtype)), 0)
+        # No `where`, whose jvp reads what is not there on 0.31.
+        here = mx.expand_dims(i[:, None] == mx.arange(y.shape[0]), (2, 3)).astype(u.dtype)
+        return y * mx.prod(here * mx.expand_dims(u, 1) + (1 - here), 0)
 
     return of
 
