@@ -11,7 +11,14 @@ from mlx.utils import tree_flatten, tree_map
 from nn_models import CASES, LoRA, close, close_trees, dense_case, loop, mixed_case, snapshot
 from nn_models import squares as squares_loss
 
-from mlxshim.nn import _parts, _tape, clipped_grad, clipping, per_sample_norms
+from mlxshim.nn import (
+    _parts,
+    _tape,
+    clipped_grad,
+    clipping,
+    per_sample_norms,
+    per_sample_value_and_grad,
+)
 
 
 def norms_of(grads):
@@ -290,3 +297,26 @@ def test_what_is_not_used_takes_no_memory():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(1024, 1024))
     clip = clipped_grad(model, lambda m, x: m.layers[0](x).square().sum(), 1.0)
     assert peak(lambda x: clip(model, x), mx.ones((8, 4))) < 3 * 4 * 1024**2
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("of", ["norms", "gradients", "clipped"])
+def test_a_derivative_of_mlx_around(of, chunk_size):
+    model = nn.Linear(3, 2)
+    x = mx.random.normal((6, 3)) * mx.array([0.3, 0.3, 0.3, 3, 3, 3])[:, None]
+
+    def total(s):
+        def loss(model, x):
+            return (s * model(x) ** 2).sum()
+
+        functions = {
+            "norms": lambda: per_sample_norms(model, loss, chunk_size=chunk_size),
+            "gradients": lambda: per_sample_value_and_grad(model, loss, chunk_size=chunk_size),
+            "clipped": lambda: clipped_grad(model, loss, 1.0, chunk_size=chunk_size),
+        }
+        found = functions[of]()(model, x)[1]
+        return sum(g.square().sum() for _, g in tree_flatten([found]))
+
+    step = 1e-2
+    about = (total(mx.array(0.3 + step)) - total(mx.array(0.3 - step))) / (2 * step)
+    close(mx.grad(total)(mx.array(0.3)), about, 1e-2)

@@ -7,7 +7,8 @@ import warnings
 import mlx.core as mx
 import pytest
 
-from mlxshim import ArgumentError, NoBatchingRule, PerformanceWarning, grad, vmap
+from mlxshim import ArgumentError, NoBatchingRule, PerformanceWarning, grad, jacrev, vmap
+from mlxshim import map as mapped_one_by_one
 from mlxshim.core.interception import in_place
 from mlxshim.testing import loop
 
@@ -251,3 +252,35 @@ def test_no_samples():
     assert vmap(lambda x, y: (x * y).sum(), in_axes=(0, None))(
         mx.ones((0, 3)), mx.ones(3)
     ).shape == (0,)
+
+
+# MLX's own derivatives around -------------------------------------------------------------------
+
+
+def _inner(w: mx.array, xs: mx.array, chunk_size: int | None) -> mx.array:
+    def one(x):
+        return (grad(lambda v: (v * x).sum() ** 3)(w) * x).sum()
+
+    return vmap(one, chunk_size=chunk_size)(xs).sum()
+
+
+def _mapped(w: mx.array, xs: mx.array, chunk_size: int | None) -> mx.array:
+    def one(x):
+        return (grad(lambda v: (v * x).sum() ** 3)(w) * x).sum()
+
+    return mapped_one_by_one(one, xs, batch_size=chunk_size).sum()
+
+
+def _jacobian(w: mx.array, xs: mx.array, chunk_size: int | None) -> mx.array:
+    return jacrev(lambda v: (xs @ v) ** 3, chunk_size=chunk_size)(w).square().sum()
+
+
+@pytest.mark.parametrize("of", [_inner, _mapped, _jacobian])
+def test_chunks_lose_nothing_to_a_derivative_of_mlx(of):
+    # A chunk that were evaluated there would be a constant to it, and the gradient zero.
+    w, xs, v = mx.random.normal((3,)), mx.random.normal((6, 3)), mx.random.normal((3,))
+    want = mx.grad(lambda w: of(w, xs, None))(w)
+    assert float(mx.abs(want).max()) > 1e-3
+    assert mx.allclose(mx.grad(lambda w: of(w, xs, 2))(w), want, rtol=1e-4, atol=1e-4)
+    slope = mx.jvp(lambda w: of(w, xs, 2), [w], [v])[1][0]
+    assert mx.allclose(slope, (want * v).sum(), rtol=1e-4, atol=1e-3)

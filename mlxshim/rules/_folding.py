@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ..core import levels
 from ..core.primitive import Arrays, Axes
-from ._tracers import is_tracer
+from ..core.tracers import is_tracer
 
 
 def may_be_mapped(result: mx.array) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..core.interception import original
-from ._tracers import is_tracer
+from ..core.tracers import is_tracer
 from .windows import Window, is_whole, of_all, write
 
 

@@ -39,11 +39,11 @@ import mlx.core as mx
 from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
+from ..core.tracers import is_tracer
 from ..core.versions import MLX
 from . import _convolution_calls as calls
 from ._convolution_calls import Form
 from ._folding import on_stream
-from ._tracers import is_tracer
 
 Ints = Any  # an int, or one for each spatial dimension
 

@@ -32,13 +32,13 @@ import mlx.core as mx
 
 from ..core import levels
 from ..core.interception import intercept, original
+from ..core.tracers import is_tracer
 from ._discrete import discrete
 from ._dtypes import cast
 from ._folding import on_stream
 from ._gathered import bind_gather, has_wrong_derivative
 from ._matrices import count_of
 from ._plans import planned
-from ._tracers import is_tracer
 from .quantization import parameters
 from .quantized import quantized_matmul
 

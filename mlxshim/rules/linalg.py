@@ -21,9 +21,9 @@ import mlx.core as mx
 from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
+from ..core.tracers import is_tracer
 from ._mlx_0_31 import matmul
 from ._opaque import Opaque
-from ._tracers import is_tracer
 
 
 def _raw(name: str, *arrays: mx.array, **static: Any) -> list[mx.array]:

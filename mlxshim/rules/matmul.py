@@ -26,11 +26,11 @@ import mlx.core as mx
 from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
+from ..core.tracers import is_tracer
 from ._constants import constant
 from ._folding import aligned, broadcast_shape, front, on_stream, pad_dims
 from ._mlx_0_31 import matmul
 from ._partial import not_boolean, vjp_at
-from ._tracers import is_tracer
 
 # addmm -----------------------------------------------------------------------------------------
 

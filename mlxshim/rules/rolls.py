@@ -14,8 +14,8 @@ import mlx.core as mx
 
 from ..core.errors import ArgumentError
 from ..core.interception import intercept, original
+from ..core.tracers import is_tracer
 from ._folding import on_stream
-from ._tracers import is_tracer
 
 
 @intercept(mx, "roll")

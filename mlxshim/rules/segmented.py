@@ -17,10 +17,10 @@ import mlx.core as mx
 from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
+from ..core.tracers import is_tracer
 from ._folding import front, on_stream
 from ._matrices import widened
 from ._mlx_0_31 import matmul
-from ._tracers import is_tracer
 
 
 @intercept(mx, "segmented_mm")

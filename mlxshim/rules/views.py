@@ -28,9 +28,9 @@ from ..core import levels
 from ..core.fronted import fronted
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
+from ..core.tracers import is_tracer
 from ..core.versions import MLX, SELECT_JVP_BUG
 from ._devices import within
-from ._tracers import is_tracer
 from .windows import Window, write
 
 # Pads -------------------------------------------------------------------------------------------

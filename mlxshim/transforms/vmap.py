@@ -16,6 +16,7 @@ from ..core.interception import intercepted
 from ..core.levels import VmapLevel, at_vmap, in_vmap, standing_in
 from ..core.plans import Plans
 from ..core.tangents import lacks_a_mapped_tangent, tying
+from ..core.tracers import in_trace
 from ._mapping import Inputs, MappedOutputError, Outputs, check_spec
 from ._plain import plain_axes, reach
 from ._structure import describe
@@ -211,16 +212,12 @@ def _why_loop(error: Exception, outputs: Outputs) -> str | None:
 def _settle(arrays: list[mx.array]) -> None:
     """Evaluate now, so that the next chunk finds the memory free.
 
-    Inside a trace there is nothing to free. There mx.eval would even lose the graph of what an
-    inner derivative returned: MLX takes the mark of a tracer from all that it differentiates.
+    Inside a trace, also one of MLX's own, there is nothing to free. There mx.eval would even lose
+    the graph of what an inner derivative returned: MLX takes the mark of a tracer from all that it
+    differentiates.
     """
-    if levels.active():
-        return
-    try:
+    if not in_trace():
         mx.eval(arrays)
-    except ValueError as e:
-        if "Attempting to eval an array during function transformations" not in str(e):
-            raise
 
 
 def _check_options(

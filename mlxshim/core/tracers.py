@@ -13,7 +13,7 @@ import threading
 
 import mlx.core as mx
 
-from ..core import compilation, levels
+from . import compilation, levels
 
 
 class _Probe(threading.local):
@@ -52,3 +52,21 @@ def is_tracer(x: mx.array) -> bool:
         probe.cached.add(key)
         return False
     return True
+
+
+def _made_in_a_trace() -> mx.array:
+    found = []
+    mx.vjp(lambda x: (found.append(x + x), [x])[1], [mx.array(0.0)], [mx.array(1.0)])
+    return found[0]
+
+
+#: An array with the mark of a tracer, which counts where a trace runs in the thread.
+_MARKED = _made_in_a_trace()
+
+
+def in_trace() -> bool:
+    """Whether any transform is tracing in this thread, MLX's own too.
+
+    What is evaluated there is lost to a derivative around if one inside has taken its mark.
+    """
+    return bool(levels.active()) or is_tracer(_MARKED)
