@@ -23,11 +23,13 @@ would begin with what is deepest in the graph, which is every layer's products.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 
+from ..core.tracers import in_trace
 from ..rules import _devices
 from ..rules._dtypes import HALVES
 from ._tape import Pair, Parameter, on_gpu, product_gradient
@@ -35,6 +37,9 @@ from ._tape import Pair, Parameter, on_gpu, product_gradient
 #: What norms and weighted sums may hold at a time: this share of what is kept, or these bytes. (A
 #: GPU is given several turns ahead, and none of their memory is free before it has done them.)
 HELD_SHARE, HELD = 1 / 32, 32 * 2**20
+
+#: Gradients of at most so many entries are put together.
+SMALL = 2**14
 
 
 class Run:
@@ -54,8 +59,11 @@ class Run:
         if not self.size:
             return [mx.zeros((0,))] * (len(self.parameters) if each else 1)
         turns = self._turns()
-        found = [_squares(p, self.size, turns) for p in self.parameters]
-        return [_summed(squares) for squares in found] if each else [_total(found)]
+        small, large = ([], self.parameters) if each else _by_size(self.parameters)
+        found = [_squares(p, self.size, turns) for p in large]
+        if small:
+            found.append(_sums_of_squares(_in_a_row([p.direct for p in small])))
+        return [_summed([squares]) for squares in found] if each else [_summed(found)]
 
     def weighted_sums(self, weights: list[mx.array]) -> list[mx.array]:
         """For each parameter, the sum over samples, each times its weight; `weights` are
@@ -64,14 +72,27 @@ class Run:
             return [mx.zeros_like(p.value) for p in self.parameters]
         turns = self._turns()
         halves = {id(w): _halves(w) for w in weights}
-        return [
-            turns.take(
-                _bytes_weighed(p),
-                p,
-                functools.partial(weighted_sum, weights=w, halves=halves[id(w)]),
-            )
-            for p, w in zip(self.parameters, weights)
-        ]
+        small, large = _by_size(self.parameters) if len(halves) == 1 else ([], self.parameters)
+        weight_of = dict(zip(map(id, self.parameters), weights))
+        found: dict[int, mx.array] = {}
+        if small:
+            sums = mx.sum(_weigh(_in_a_row([p.direct for p in small]), weights[0]), axis=0)
+            ends = list(itertools.accumulate(p.value.size for p in small))
+            for p, one in zip(small, mx.split(sums, ends[:-1])):
+                found[id(p)] = mx.reshape(one, p.value.shape)
+        for p in large:
+            w = weight_of[id(p)]
+            work = functools.partial(weighted_sum, weights=w, halves=halves[id(w)])
+            found[id(p)] = turns.take(_bytes_weighed(p), p, work)
+        return [found[id(p)] for p in self.parameters]
+
+    def start(self) -> None:
+        """Have the parts computed while Python builds what is made of them."""
+        if in_trace():
+            return
+        parts = [part for p in self.parameters for pair in p.pairs for part in pair]
+        parts += [x for p in self.parameters for x in (p.direct, p.kept) if x is not None]
+        mx.async_eval(self.results, parts)
 
     def _turns(self) -> _Turns:
         held = sum(part.nbytes for p in self.parameters for pair in p.pairs for part in pair)
@@ -99,6 +120,22 @@ class _Turns:
         done = work(parameter.waiting(self.before) if self.before else parameter)
         self.now.append(done)
         return done
+
+
+def _by_size(parameters: list[Parameter]) -> tuple[list[Parameter], list[Parameter]]:
+    """(small, others): the first take less time together, in a row, than each by itself."""
+    some = [p for p in parameters if p.direct is not None and not p.pairs and p.kept is None]
+    small = [p for p in some if p.value.size <= SMALL and p.value.dtype == some[0].value.dtype]
+    chosen = set(map(id, small)) if len(small) > 1 else set()
+    return (
+        [p for p in small if id(p) in chosen],
+        [p for p in parameters if id(p) not in chosen],
+    )
+
+
+def _in_a_row(arrays: list[Any]) -> mx.array:
+    """(samples, ...) each -> (samples, all)."""
+    return mx.concatenate([mx.reshape(x, (len(x), -1)) for x in arrays], axis=1)
 
 
 # Gradients -------------------------------------------------------------------------------------
@@ -143,7 +180,7 @@ def _squares(parameter: Parameter, size: int, turns: _Turns) -> mx.array:
             return _sums_of_squares(gradient(parameter, slice(0, size)))
 
         value = parameter.value
-        nbytes = 0 if _by_product(value.dtype, value.size) else 4 * size * value.size
+        nbytes = 0 if _row(value.dtype, value.size) else 4 * size * value.size
         return turns.take(nbytes, parameter, of_made)
     if parameter.direct is None and parameter.kept is None and _prefers_rows(parameter):
         return turns.take(_bytes_by_rows(parameter), parameter, _by_rows)
@@ -217,38 +254,40 @@ def _squared(x: mx.array) -> mx.array:
 
 
 def _sums_of_squares(x: mx.array) -> mx.array:
-    """(samples, ...) -> (samples,), float32, or matrices with the sums on their diagonals.
+    """(samples, ...) -> (samples, some), of squares that are still to be summed.
 
     Squares would be written out before they are summed, in float32, and a CPU adds them up one by
-    one. A product of rows with themselves does neither: 128 sums of a sample, accumulated in
-    float32, of which those of bfloat16 are rounded.
+    one. A product of a row with itself does neither. It accumulates in float32; of bfloat16 the sum
+    of each row is rounded, which is why there are many.
     """
-    if not _by_product(x.dtype, x.size // len(x)):
-        return mx.sum(mx.reshape(_squared(x), (x.shape[0], -1)), axis=1)
-    # A GPU multiplies no less than 16 rows at a time, of eight entries or a multiple.
-    rows = mx.reshape(x, (x.shape[0], *((8, 16) if _devices.gpu() else (128, 1)), -1))
-    return mx.matmul(rows, mx.swapaxes(rows, 2, 3))
+    samples, size = len(x), x.size // len(x)
+    row = _row(x.dtype, size)
+    if not row:
+        return mx.sum(mx.reshape(_squared(x), (samples, -1)), axis=1, keepdims=True)
+    rows = mx.reshape(x, (samples, size // row, 1, row))
+    return mx.reshape(mx.matmul(rows, mx.swapaxes(rows, 2, 3)), (samples, -1))
 
 
-def _by_product(dtype: mx.Dtype, size: int) -> bool:
-    return dtype == (mx.bfloat16 if _devices.gpu() else mx.float32) and size % 1024 == 0
+def _row(dtype: mx.Dtype, size: int) -> int:
+    """How many squares one product adds up; 0 where they are written out."""
+    if not _devices.gpu():
+        return size // 128 if dtype == mx.float32 and size % 1024 == 0 else 0
+    if dtype not in (mx.bfloat16, mx.float32):
+        return 0
+    # One warp reads a row: long ones are read as fast as memory allows.
+    return next((row for row in (4096, 2048, 1024) if size % row == 0 and size >= 64 * row), 0)
 
 
-def _summed(squares: mx.array) -> mx.array:
-    """What `_sums_of_squares` has found, (samples,)."""
-    if squares.ndim == 1:
-        return squares
-    diagonal = mx.eye(squares.shape[-1])
-    return mx.sum(squares.astype(mx.float32) * diagonal, axis=(1, 2, 3))
-
-
-def _total(squares: list[mx.array]) -> mx.array:
-    """The sum of what it has found of several arrays, (samples,)."""
-    diagonals = [s for s in squares if s.ndim > 1]
-    sums = [s for s in squares if s.ndim == 1]
-    if diagonals:
-        sums.append(_summed(mx.concatenate(diagonals, axis=1)))
-    return mx.sum(mx.stack(sums), axis=0)
+def _summed(squares: list[mx.array]) -> mx.array:
+    """What `_sums_of_squares` has found of several arrays: (samples,), float32."""
+    of_dtype: dict[mx.Dtype, list[mx.array]] = {}
+    for s in squares:
+        of_dtype.setdefault(s.dtype, []).append(s if s.ndim > 1 else s[:, None])
+    sums = [
+        mx.sum((mx.concatenate(some, axis=1) if len(some) > 1 else some[0]).astype(mx.float32), 1)
+        for some in of_dtype.values()
+    ]
+    return functools.reduce(mx.add, sums)
 
 
 def _dot(x: mx.array, y: mx.array) -> mx.array:

@@ -73,6 +73,7 @@ def per_sample_norms(
         samples = Samples(model, loss_fn, args, kwargs, in_axes, keepdims, traces)
         results, parts = [], []
         for run in _runs(samples, chunk_size):
+            run.start()
             norms = [mx.sqrt(s) for s in run.squared_norms(per_layer)]
             if run.size < samples.size:
                 _settle([*norms, *arrays_of(run.results)])
@@ -143,6 +144,7 @@ def clipped_grad(
         results, parts = [], []
         total: list[mx.array] | None = None
         for run in _runs(samples, chunk_size):
+            run.start()
             norms = [mx.sqrt(s) for s in run.squared_norms(per_layer)]
             factors = [bound / mx.maximum(norm, bound) for norm, bound in zip(norms, bounds)]
             sums = run.weighted_sums(factors if per_layer else factors * len(run.parameters))
