@@ -37,6 +37,7 @@ from ..core.plans import placeholder
 from ..core.primitive import Arrays, Axes, Node
 from ..rules import _devices
 from ..rules._opaque import copies, opaque_node
+from ..rules._sums import sums_of_rows
 from ..transforms.linear import vjp
 from . import _state
 
@@ -56,6 +57,13 @@ def on_gpu(fun: Callable[..., mx.array]) -> Callable[..., mx.array]:
 @on_gpu
 def _terms(x: mx.array, c: mx.array) -> mx.array:
     return x.astype(mx.float32) * c.astype(mx.float32)
+
+
+def _sums_of_terms(x: mx.array, c: mx.array) -> mx.array:
+    """The sums over each sample's rows of x * c, (samples, width)."""
+    if x.dtype == c.dtype == mx.bfloat16 and _devices.gpu():
+        return sums_of_rows(x * c)  # rounded as MLX rounds them for the gradient of a batch
+    return sums_of_rows(_terms(x, c))
 
 
 class Parameter:
@@ -115,11 +123,11 @@ class Parameter:
 
     def add_scale(self, x: mx.array, c: mx.array) -> None:
         """The parameter multiplied each row of `x`."""
-        self.add_rows(_terms(x, c))
+        self.add_rows(_sums_of_terms(x, c))
 
-    def add_rows(self, terms: mx.array) -> None:
-        """The gradients are the sums over each sample's rows."""
-        gradients = mx.sum(_rows(terms, 1), axis=1).astype(self.value.dtype)
+    def add_rows(self, sums: mx.array) -> None:
+        """The gradients are sums over each sample's rows."""
+        gradients = sums.astype(self.value.dtype)
         self.add(gradients)
         self._last[:] = [gradients]
 
@@ -331,7 +339,7 @@ class _Nodes:
         parameter = _recorded(self.depth, self.index)
         if parameter is not None:
             cotangent = parameter.in_order(cotangent)
-            parameter.add_rows(cotangent)
+            parameter.add_rows(sums_of_rows(cotangent))
             return [cotangent.astype(x.dtype), bias, seed]
         dbias = mx.sum(_rows(cotangent, 0), axis=0).astype(bias.dtype)
         return [cotangent.astype(x.dtype), dbias, mx.zeros_like(seed)]
@@ -345,8 +353,11 @@ class _Nodes:
             parameter = _recorded(self.depth, self.index)
             if parameter is not None:
                 cotangent = parameter.in_order(cotangent)
-                parameter.add_scale(fused(x, None), cotangent)
-                (dx,) = native.vjp(lambda x: fused(x, weight), [x], [cotangent])[1]
+                # By the norm alone: with a weight MLX would add its gradient up, too.
+                (y,), (dx,) = native.vjp(
+                    lambda x: fused(x, None), [x], [(cotangent * weight).astype(x.dtype)]
+                )
+                parameter.add_scale(y, cotangent)
                 return [dx, weight, seed]
             return [*native.vjp(fused, [x, weight], [cotangent])[1], mx.zeros_like(seed)]
 

@@ -33,6 +33,7 @@ from . import _devices
 from ._constants import constant
 from ._folding import front
 from ._plans import planned
+from ._sums import sums_of_rows
 
 # The calls -------------------------------------------------------------------------------------
 
@@ -152,13 +153,11 @@ def _batch_vjp(
     xs, cotangents = front(x, axes[0], size), front(cotangent, axes[-1], size)
     if not weighted:
         return norm_vjp(xs, cotangents, weighted=False, **form), [0]
-    if axes[1] is None:
-        dx = norm_vjp(xs, *weight, cotangents, weighted=True, **form)[0]
-    else:
-        weighed = cotangents * _beside(weight[0], axes[1], rows)
-        dx = norm_vjp(xs, weighed, weighted=False, **form)[0]
+    # By the norm alone: with a weight MLX would add its gradient up over all rows, too.
+    weighed = cotangents * _beside(weight[0], axes[1], rows)
+    dx = norm_vjp(xs, weighed, weighted=False, **form)[0]
     normalised = norm(x if axes[0] is None else xs, weighted=False, **form)[0]
-    return [dx, _sum_of_rows(cotangents * normalised, 1)], [0, 0]
+    return [dx, sums_of_rows(cotangents * normalised)], [0, 0]
 
 
 def _vjp(
