@@ -118,13 +118,22 @@ def _vjp(
     _, offset, *freqs = primals
     cotangent = cotangents[0]
     if not mx.metal.is_available():
-        cotangent = mx.contiguous(cotangent)
+        cotangent = _dense(cotangent)
     dx = _bind(cotangent, offset, *freqs, scale=-scale, **form)
     still = mx.zeros_like(offset) if offset.ndim else constant(0, offset.dtype)
     if not freqs:
         return [dx, still]
     turned = _wedge(outputs[0], cotangent, form["dims"], form["traditional"])
     return [dx, still, _of_freqs(turned, offset, freqs[0], scale)]
+
+
+def _dense(x: mx.array) -> mx.array:
+    """`x` with memory of its own for every entry, which the kernel then writes through.
+
+    Heads mostly lie next to each other at every position, as a projection has them. An array that
+    does is left as it is, and so is what is made of it.
+    """
+    return mx.swapaxes(mx.contiguous(mx.swapaxes(x, -3, -2)), -3, -2)
 
 
 def _wedge(y: mx.array, c: mx.array, dims: int, traditional: bool) -> mx.array:
