@@ -154,19 +154,18 @@ def peers(result: Result) -> str:
 
 
 def models(result: Result) -> str:
-    head = ("contender", "alone", "piped", "trace", "memory")
+    columns = [
+        ("alone", "ms", "ms", 2), ("piped", "pipelined_ms", "ms", 2), ("trace", "trace_ms", "ms", 2),
+        ("memory", "mib", "MiB", 0), ("with a short queue", "short_mib", "MiB", 0),
+    ]  # fmt: skip
     rows = result["rows"]
-    return table(
-        head,
-        (
-            (
-                row["contender"], number(row, "ms", "ms") or row.get("note"),
-                number(row, "pipelined_ms", "ms"), number(row, "trace_ms", "ms"),
-                number(row, "mib", "MiB", 0),
-            )
-            for row in rows
-        ),
-    )  # fmt: skip
+    columns = [c for c in columns if any(c[1] in row for row in rows)]
+
+    def cells(row: Result) -> list[str]:
+        found = [number(row, key, unit, digits) for _, key, unit, digits in columns]
+        return [row["contender"], found[0] or row.get("note", ""), *found[1:]]
+
+    return table(("contender", *(c[0] for c in columns)), map(cells, rows))
 
 
 def plain(result: Result) -> str:
