@@ -7,8 +7,8 @@ Contenders: the ordinary gradient of the batch (the mark to measure by), a loop 
 million parameters in bfloat16, elsewhere it is small. Every contender runs in a process of its own
 and is checked there against MLX's gradients of single samples. `ms` is the median of single calls,
 traced, evaluated and synchronised; `pipelined ms` a call's share of several that are synchronised
-once; `trace ms` what a call takes to return: it builds the graph, and of norms and clipped gradients
-it starts the backward pass. Memory is MLX's peak above what was active. On a GPU that depends on how
+once; `trace ms` what a call takes to return: it builds the graph, and of norms and clipped sums it
+starts the backward pass. Memory is MLX's peak above what was active. On a GPU that depends on how
 far the host is ahead: MLX has up to ten graphs in flight, of up to 1000 million entries each on a
 Hopper GPU, and what they read is free when they are done. So `short MiB` is the peak in another
 process, where MLX_MAX_MB_PER_BUFFER=100 keeps that queue short: what the computation itself holds.
