@@ -10,6 +10,7 @@ import pytest
 from libraries import jax_library
 
 from mlxshim.core import interception, levels
+from mlxshim.transforms import _chunks
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -27,6 +28,7 @@ def _undone():
     yield
     assert not interception.in_place()
     assert levels.active() == []
+    assert not _chunks._local.running
     assert mx.fast.scaled_dot_product_attention is before
 
 

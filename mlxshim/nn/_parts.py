@@ -32,6 +32,7 @@ import mlx.core as mx
 from ..core.tracers import in_trace
 from ..rules import _devices
 from ..rules._dtypes import HALVES
+from ..transforms import _chunks
 from ._tape import Pair, Parameter, on_gpu, product_gradient
 
 #: What norms and weighted sums may hold at a time: this share of what is kept, or these bytes. (A
@@ -90,6 +91,7 @@ class Run:
         """Have the parts computed while Python builds what is made of them."""
         if in_trace():
             return
+        _chunks.wait()  # their memory is the next chunk's
         parts = [part for p in self.parameters for pair in p.pairs for part in pair]
         parts += [x for p in self.parameters for x in (p.direct, p.kept) if x is not None]
         mx.async_eval(self.results, parts)

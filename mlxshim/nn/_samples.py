@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..core.errors import NoBatchingRule, PerformanceWarning
+from ..transforms import _chunks
 from ..transforms._mapping import Inputs
 from ..transforms.autodiff import value_and_grad
 from ..transforms.vmap import vmap
@@ -140,6 +141,7 @@ class Samples:
         return _parts.Run(results[-1], tape.parameters, size)
 
     def _looped(self, arrays: list[mx.array], size: int) -> _parts.Run:
+        _chunks.wait()  # the loss reads values
         places = self.places.unique
         values = [place.get() for place in places]
         results, gradients = [], []

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..transforms.vmap import _settle
+from ..transforms import _chunks
 from ._samples import Samples, Traces
 from .gradients import arrays_of, joined
 
@@ -99,11 +99,12 @@ def gradient_features(
     def of(*args: Any, **kwargs: Any) -> tuple[Any, mx.array]:
         samples = Samples(model, loss_fn, args, kwargs, in_axes, keepdims, traces)
         results, parts = [], []
-        for start, stop in samples.chunks(chunk_size):
-            run = samples.run(start, stop)
-            parts.append(random_projection(run.gradients(), dimension, seed=seed))
-            results.append(run.results)
-            _settle(parts[-1:])
+        with _chunks.OneAtATime():
+            for start, stop in samples.chunks(chunk_size):
+                run = samples.run(start, stop)
+                parts.append(random_projection(run.gradients(), dimension, seed=seed))
+                results.append(run.results)
+                _chunks.compute([parts[-1], *arrays_of(run.results)])
         return joined(results), mx.concatenate(parts)
 
     return of

@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..transforms.vmap import _settle
+from ..transforms import _chunks
 from . import _parts, _state
 from ._samples import Samples, Traces
 from .gradients import Loss, arrays_of, concatenated, joined
@@ -72,13 +72,14 @@ def per_sample_norms(
     def measured(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         samples = Samples(model, loss_fn, args, kwargs, in_axes, keepdims, traces)
         results, parts = [], []
-        for run in _runs(samples, chunk_size):
-            run.start()
-            norms = [mx.sqrt(s) for s in run.squared_norms(per_layer)]
-            if run.size < samples.size:
-                _settle([*norms, *arrays_of(run.results)])
-            results.append(run.results)
-            parts.append(norms)
+        with _chunks.OneAtATime():
+            for run in _runs(samples, chunk_size):
+                run.start()
+                norms = [mx.sqrt(s) for s in run.squared_norms(per_layer)]
+                if run.size < samples.size:
+                    _chunks.compute([*norms, *arrays_of(run.results)])
+                results.append(run.results)
+                parts.append(norms)
         norms = [concatenated(list(part)) for part in zip(*parts)]
         return joined(results), samples.places.tree_of(norms) if per_layer else norms[0]
 
@@ -143,20 +144,21 @@ def clipped_grad(
         bounds = _bounds(max_norm, samples.places, per_layer)
         results, parts = [], []
         total: list[mx.array] | None = None
-        for run in _runs(samples, chunk_size):
-            run.start()
-            norms = [mx.sqrt(s) for s in run.squared_norms(per_layer)]
-            factors = [bound / mx.maximum(norm, bound) for norm, bound in zip(norms, bounds)]
-            sums = run.weighted_sums(factors if per_layer else factors * len(run.parameters))
-            if run.size < samples.size:
-                # Many small ones are added up: in float32.
-                sums = [s.astype(mx.float32) for s in sums]
-                total = sums if total is None else [t + s for t, s in zip(total, sums)]
-                _settle([*total, *norms, *arrays_of(run.results)])
-            else:
-                total = sums
-            results.append(run.results)
-            parts.append(norms)
+        with _chunks.OneAtATime():
+            for run in _runs(samples, chunk_size):
+                run.start()
+                norms = [mx.sqrt(s) for s in run.squared_norms(per_layer)]
+                factors = [bound / mx.maximum(norm, bound) for norm, bound in zip(norms, bounds)]
+                sums = run.weighted_sums(factors if per_layer else factors * len(run.parameters))
+                if run.size < samples.size:
+                    # Many small ones are added up: in float32.
+                    sums = [s.astype(mx.float32) for s in sums]
+                    total = sums if total is None else [t + s for t, s in zip(total, sums)]
+                    _chunks.compute([*total, *norms, *arrays_of(run.results)])
+                else:
+                    total = sums
+                results.append(run.results)
+                parts.append(norms)
         assert total is not None
         gradients = [t.astype(at.get().dtype) for t, at in zip(total, samples.places.unique)]
         norms = [concatenated(list(part)) for part in zip(*parts)]

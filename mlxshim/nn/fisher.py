@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-from ..transforms.vmap import _settle
+from ..transforms import _chunks
 from ._samples import Samples, Traces
 from .gradients import arrays_of, joined
 
@@ -66,12 +66,13 @@ def fisher_diagonal(
             raise ValueError("[fisher_diagonal] There are no samples to take the mean of.")
         sums: list[mx.array] | None = None
         losses = []
-        for start, stop in samples.chunks(chunk_size):
-            run = samples.run(start, stop)
-            squares = [mx.sum(mx.square(g.astype(mx.float32)), axis=0) for g in run.gradients()]
-            sums = squares if sums is None else [a + b for a, b in zip(sums, squares)]
-            losses.append(run.results)
-            _settle(sums)
+        with _chunks.OneAtATime():
+            for start, stop in samples.chunks(chunk_size):
+                run = samples.run(start, stop)
+                squares = [mx.sum(mx.square(g.astype(mx.float32)), axis=0) for g in run.gradients()]
+                sums = squares if sums is None else [a + b for a, b in zip(sums, squares)]
+                losses.append(run.results)
+                _chunks.compute([*sums, *arrays_of(run.results)])
         assert sums is not None
         return joined(losses), samples.places.tree_of([s / samples.size for s in sums])
 

@@ -9,8 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..transforms import autodiff
-from ..transforms.vmap import _settle
+from ..transforms import _chunks, autodiff
 from . import _state
 from ._samples import Samples, Traces
 
@@ -111,13 +110,14 @@ def per_sample_value_and_grad(
     def differentiated(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         samples = Samples(model, loss_fn, args, kwargs, in_axes, keepdims, traces)
         results, parts = [], []
-        for start, stop in samples.chunks(chunk_size):
-            run = samples.run(start, stop)
-            gradients = run.gradients()
-            if stop - start < samples.size:
-                _settle([*gradients, *arrays_of(run.results)])
-            results.append(run.results)
-            parts.append(gradients)
+        with _chunks.OneAtATime():
+            for start, stop in samples.chunks(chunk_size):
+                run = samples.run(start, stop)
+                gradients = run.gradients()
+                if stop - start < samples.size:
+                    _chunks.compute([*gradients, *arrays_of(run.results)])
+                results.append(run.results)
+                parts.append(gradients)
         gradients = [concatenated(list(part)) for part in zip(*parts)]
         return joined(results), samples.places.tree_of(gradients)
 

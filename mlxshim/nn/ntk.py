@@ -8,8 +8,9 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..transforms import _chunks
 from ..transforms.linear import vjp
-from ..transforms.vmap import _settle, vmap
+from ..transforms.vmap import vmap
 from . import _state
 
 Compute = Literal["full", "trace", "diagonal"]
@@ -61,21 +62,22 @@ def empirical_ntk(
     jacobians = _jacobians(model, fun or (lambda m, x: m(x)))
     shape: tuple[int, ...] = ()
     rows = []
-    for part1 in _chunks(x1, chunk_size):
-        first, shape = jacobians(part1)
-        row = []
-        for part2 in _chunks(x1 if x2 is None else x2, chunk_size):
-            second = first if part2 is part1 else jacobians(part2)[0]
-            row.append(_contracted(first, second, compute))
-            if chunk_size is not None:
-                _settle(row[-1:])
-        rows.append(mx.concatenate(row, axis=1) if len(row) > 1 else row[0])
+    with _chunks.OneAtATime():
+        for part1 in _parts(x1, chunk_size):
+            first, shape = jacobians(part1)
+            row = []
+            for part2 in _parts(x1 if x2 is None else x2, chunk_size):
+                second = first if part2 is part1 else jacobians(part2)[0]
+                row.append(_contracted(first, second, compute))
+                if chunk_size is not None:
+                    _chunks.compute(row[-1:])
+            rows.append(mx.concatenate(row, axis=1) if len(row) > 1 else row[0])
     kernel = mx.concatenate(rows) if len(rows) > 1 else rows[0]
     out = {"full": (*shape, *shape), "diagonal": shape, "trace": ()}[compute]
     return mx.reshape(kernel, (*kernel.shape[:2], *out))
 
 
-def _chunks(x: mx.array, size: int | None) -> Iterator[mx.array]:
+def _parts(x: mx.array, size: int | None) -> Iterator[mx.array]:
     if size is None or x.shape[0] <= size:
         yield x
         return

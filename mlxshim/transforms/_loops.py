@@ -27,6 +27,7 @@ from ..core.errors import ConcretizationError, NoBatchingRule
 from ..core.interception import in_place
 from ..core.opaque import copies, opaque_node
 from ..core.primitive import Arrays, Axes, Node
+from . import _chunks
 
 # Values, masks ---------------------------------------------------------------------------------
 
@@ -58,6 +59,7 @@ def read(x: mx.array) -> Any:
     """The value of a scalar, or None for one that has none yet: mapped, or being compiled."""
     if levels.is_abstract():
         return None
+    _chunks.wait()
     try:
         # The graph stays: inside a transform evaluation would drop that of what an inner derivative
         # has returned, and the derivative around would be zero without a word.

@@ -16,7 +16,7 @@ from ..core.interception import intercepted
 from ..core.levels import VmapLevel, at_vmap, in_vmap, standing_in
 from ..core.plans import Plans
 from ..core.tangents import lacks_a_mapped_tangent, tying
-from ..core.tracers import in_trace
+from . import _chunks
 from ._mapping import Inputs, MappedOutputError, Outputs, check_spec
 from ._plain import plain_axes, reach
 from ._structure import describe
@@ -109,6 +109,10 @@ def vmap(
                     return outputs.give(native.call_vmap(traced, axes, outputs.axes, args))
                 except Exception as e:
                     if not lacks_a_mapped_tangent(e):
+                        level = VmapLevel(axis_name, size, randomness)
+                        _chunks.rule_out(
+                            e, lambda: native.call_vmap(traced, axes, outputs.axes, args)
+                        )
                         _loop_or_raise(e, outputs, fallback, axis_name)
                         loop = True
         inputs = Inputs(fun, args, kwargs, in_axes, axis_size)
@@ -117,23 +121,28 @@ def vmap(
         count = max(inputs.size, 1)
         chunk = chunk_size or count
         parts: list[list[mx.array]] = []
-        for start in range(0, count, chunk):
-            size = min(chunk, count - start)
-            arrays = inputs.arrays if size == inputs.size else inputs.part(start, start + size)
-            if not inputs.size:
-                arrays = inputs.nothing()
-            if not loop:
-                plan = plans.of((arrays[0].shape, len(arrays), levels.sizes()))
-                level = VmapLevel(axis_name, size, randomness, plan)
-                try:
-                    parts.append(_batched(fun, inputs, arrays, outputs, level))
-                except Exception as e:
-                    _loop_or_raise(e, outputs, fallback, axis_name)
-                    loop = True
-            if loop:
-                parts.append(_looped(fun, inputs, arrays, outputs, size))
-            if size < inputs.size:
-                _settle(parts[-1])
+        with _chunks.OneAtATime():
+            for start in range(0, count, chunk):
+                size = min(chunk, count - start)
+                arrays = inputs.arrays if size == inputs.size else inputs.part(start, start + size)
+                if not inputs.size:
+                    arrays = inputs.nothing()
+                if not loop:
+                    plan = plans.of((arrays[0].shape, len(arrays), levels.sizes()))
+                    level = VmapLevel(axis_name, size, randomness, plan)
+                    outputs.taken = False
+                    try:
+                        parts.append(_batched(fun, inputs, arrays, outputs, level))
+                    except Exception as e:
+                        level = VmapLevel(axis_name, size, randomness)
+                        trace = functools.partial(_batched, fun, inputs, arrays, outputs, level)
+                        _chunks.rule_out(e, trace)
+                        _loop_or_raise(e, outputs, fallback, axis_name)
+                        loop = True
+                if loop:
+                    parts.append(_looped(fun, inputs, arrays, outputs, size))
+                if size < inputs.size:
+                    _chunks.compute(parts[-1])
         if not inputs.size:
             return outputs.give(outputs.none_of(parts[0]))
         return outputs.give(outputs.concatenate(parts) if len(parts) > 1 else parts[0])
@@ -171,6 +180,7 @@ def _looped(
     size: int,
 ) -> list[mx.array]:
     """One call for each sample, and the results stacked: what vmap means."""
+    _chunks.wait()  # the function reads values
     columns: list[list[mx.array]] = []
     for i in range(size):
         samples = tuple(x[(slice(None),) * a + (i,)] for x, a in zip(arrays, inputs.axes))
@@ -207,17 +217,6 @@ def _why_loop(error: Exception, outputs: Outputs) -> str | None:
     if "Attempting to eval an array during function transformations" in said:
         return "the function reads the value of an array that is mapped"
     return None
-
-
-def _settle(arrays: list[mx.array]) -> None:
-    """Evaluate now, so that the next chunk finds the memory free.
-
-    Inside a trace, also one of MLX's own, there is nothing to free. There mx.eval would even lose
-    the graph of what an inner derivative returned: MLX takes the mark of a tracer from all that it
-    differentiates.
-    """
-    if not in_trace():
-        mx.eval(arrays)
 
 
 def _check_options(
