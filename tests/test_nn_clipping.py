@@ -175,6 +175,8 @@ def test_unknown_layers_go_in_chunks(monkeypatch):
 
 def peak(fun, *data):
     """Bytes above what there is already, once what is compiled or kept is there."""
+    if mx.default_device().type == mx.gpu:
+        pytest.skip("a GPU's queue holds what is in flight (benchmarks.models)")
     mx.eval(fun(*data), *data)
     mx.clear_cache()
     before = mx.get_active_memory()
