@@ -223,8 +223,10 @@ def run_one(name: str, options: argparse.Namespace) -> dict[str, Any]:
         row["error"] = error_of(name, got, model, x, y)
         del got
         row.update(measure(fun, options.repeats, options.seconds))
+        row["mib"] = peak(fun)
         begins = []
         for _ in range(5):
+            mx.synchronize()
             begin = time.perf_counter()
             unused = fun()
             begins.append((time.perf_counter() - begin) * 1e3)
@@ -236,17 +238,21 @@ def run_one(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def peak_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The peak of a call when nothing is compiled, or read for the first time, any more."""
-    fun, _ = prepared(name, options)
+def peak(fun: Thunk) -> float:
+    """MiB above what is there, of calls one after the other, as in a training loop."""
     for _ in range(3):
         mx.eval(fun())
-        mx.synchronize()
+    mx.synchronize()
     active = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(fun())
+    for _ in range(3):
+        mx.eval(fun())
     mx.synchronize()
-    return {"short_mib": (mx.get_peak_memory() - active) / 2**20}
+    return (mx.get_peak_memory() - active) / 2**20
+
+
+def peak_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    return {"short_mib": peak(prepared(name, options)[0])}
 
 
 def worker(name: str, *more: str, **names: str) -> dict[str, Any]:
