@@ -395,7 +395,7 @@ def test_ensembles_of_models_have_samples_too():
 
 def test_a_gradient_inside_the_loss_of_layers_with_biases():
     """Their rules inside a vmap, a gradient and a tangent that are within the loss."""
-    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 1))
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 1))
     data = mx.random.normal((5, 3, 4)), mx.random.normal((5, 3, 4))
 
     def loss(model, x, v):
@@ -407,3 +407,33 @@ def test_a_gradient_inside_the_loss_of_layers_with_biases():
     want = loop(model, loss, data)
     close(got[0], want[0])
     close_trees(got[1], want[1], 1e-4)
+
+
+class Written(nn.LayerNorm):
+    """The same from plain operations."""
+
+    def __call__(self, x):
+        x = x - x.mean(axis=-1, keepdims=True)
+        x = x * mx.rsqrt(x.square().mean(axis=-1, keepdims=True) + self.eps)
+        return x * self.weight + self.bias
+
+
+@pytest.mark.parametrize("width", [6, 7, 8])
+@pytest.mark.parametrize("inner", [False, True])
+def test_widths_whose_norm_mlx_differentiates_wrongly(width, inner):
+    """On CUDA, where the rows are no multiple of 16 bytes."""
+
+    def loss(model, x):
+        if inner:
+            return mlxshim.grad(lambda x: model(x).square().sum())(x).square().sum()
+        return model(x).square().sum()
+
+    known = nn.Sequential(nn.Linear(4, width), nn.LayerNorm(width), nn.Linear(width, 3))
+    plain = nn.Sequential(nn.Linear(4, width), Written(width), nn.Linear(width, 3))
+    known.layers[1].update({"weight": mx.random.normal((width,))})
+    plain.update(known.parameters())
+    x = mx.random.normal((5, 2, 4))
+    losses, grads = per_sample_value_and_grad(known, loss)(known, x)
+    want = loop(plain, loss, (x,))
+    close(losses, want[0], 1e-3)
+    close_trees(grads, want[1], 1e-3)

@@ -35,7 +35,7 @@ from ..core import native
 from ..core.opaque import after
 from ..core.plans import placeholder
 from ..core.primitive import Arrays, Axes, Node
-from ..rules import _devices
+from ..rules import _devices, norms
 from ..rules._opaque import copies, opaque_node
 from ..rules._sums import sums_of_rows
 from ..transforms.linear import vjp
@@ -347,23 +347,27 @@ class _Nodes:
     @functools.cache  # noqa: B019  (as long-lived as the nodes)
     def norm(self, name: str, eps: float) -> Any:
         fused = functools.partial(_normalised, name=name, eps=eps)
+        backward = functools.partial(norms.backward, name=name, eps=eps)
 
         def record(primals: Arrays, cotangent: mx.array, _: Any) -> list[mx.array]:
             x, weight, seed = primals
             parameter = _recorded(self.depth, self.index)
             if parameter is not None:
                 cotangent = parameter.in_order(cotangent)
+                parameter.add_scale(fused(x, None), cotangent)
                 # By the norm alone: with a weight MLX would add its gradient up, too.
-                (y,), (dx,) = native.vjp(
-                    lambda x: fused(x, None), [x], [(cotangent * weight).astype(x.dtype)]
-                )
-                parameter.add_scale(y, cotangent)
+                (dx,) = backward(x, None, (cotangent * weight).astype(x.dtype))
                 return [dx, weight, seed]
-            return [*native.vjp(fused, [x, weight], [cotangent])[1], mx.zeros_like(seed)]
+            return [*of_both(x, weight, cotangent), mx.zeros_like(seed)]
+
+        def of_both(x: mx.array, weight: mx.array, cotangent: mx.array) -> list[mx.array]:
+            dtype = cotangent.dtype  # which both are cast to
+            dx, dweight = backward(x.astype(dtype), weight.astype(dtype), cotangent)
+            return [dx.astype(x.dtype), dweight.astype(weight.dtype)]
 
         def vjp_of_copy(primals: Arrays, cotangents: Arrays, _: Any) -> list[mx.array]:
             copy, x, weight, seed = primals
-            dx, dcopy = native.vjp(fused, [x, copy], list(cotangents))[1]
+            dx, dcopy = of_both(x, copy, cotangents[0])
             return [dcopy, dx, mx.zeros_like(weight), mx.zeros_like(seed)]
 
         def jvp_of_copy(primals: Arrays, tangents: Arrays) -> list[mx.array]:

@@ -121,6 +121,14 @@ def _fused_vjp(*arrays: mx.array, **form: Any) -> list[mx.array]:
     return native.vjp(lambda *xs: _fused(*xs, **form), primals, [cotangent])[1]
 
 
+def backward(
+    x: mx.array, weight: mx.array | None, cotangent: mx.array, *, name: str, eps: float
+) -> list[mx.array]:
+    """The gradients of x and, if there is one, the weight: for what differentiates by hand."""
+    given = [x, cotangent] if weight is None else [x, weight, cotangent]
+    return _fused_vjp(*given, name=name, weighted=weight is not None, eps=eps)
+
+
 # The rules -------------------------------------------------------------------------------------
 
 
