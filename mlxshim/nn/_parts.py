@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -38,6 +38,9 @@ from ._tape import Pair, Parameter, on_gpu, product_gradient
 #: What norms and weighted sums may hold at a time: this share of what is kept, or these bytes. (A
 #: GPU is given several turns ahead, and none of their memory is free before it has done them.)
 HELD_SHARE, HELD = 1 / 32, 32 * 2**20
+
+#: The backward pass is given to a GPU in so many shares, and waits if so many are not done.
+SHARES, AHEAD = 24, 5
 
 #: Gradients of at most so many entries are put together.
 SMALL = 2**14
@@ -92,9 +95,30 @@ class Run:
         if in_trace():
             return
         _chunks.wait()  # their memory is the next chunk's
-        parts = [part for p in self.parameters for pair in p.pairs for part in pair]
-        parts += [x for p in self.parameters for x in (p.direct, p.kept) if x is not None]
-        mx.async_eval(self.results, parts)
+        mx.async_eval(self.results)
+        begun: list[mx.array] = []
+        for parts in self._shares():
+            # A GPU's queue holds what its graphs read: the whole backward pass, as far as it goes.
+            mark = mx.zeros(())
+            mx.async_eval(mark, parts)
+            begun.append(mark)
+            if len(begun) > AHEAD:
+                begun.pop(0).item()
+
+    def _shares(self) -> Iterator[list[mx.array]]:
+        """The parts, those of the last layers first."""
+        parts = [
+            [x for pair in p.pairs for x in pair] + [x for x in (p.direct, p.kept) if x is not None]
+            for p in reversed(self.parameters)
+        ]
+        share = sum(x.nbytes for some in parts for x in some) // SHARES
+        taken: list[mx.array] = []
+        for some in parts:
+            taken += some
+            if sum(x.nbytes for x in taken) > share:
+                yield taken
+                taken = []
+        yield taken
 
     def _turns(self) -> _Turns:
         held = sum(part.nbytes for p in self.parameters for pair in p.pairs for part in pair)
