@@ -155,7 +155,7 @@ def peers(result: Result) -> str:
 
 def models(result: Result) -> str:
     columns = [
-        ("alone", "ms", "ms", 2), ("piped", "pipelined_ms", "ms", 2),
+        ("alone", "ms", "ms", 2), ("own", "own_ms", "ms", 2), ("piped", "pipelined_ms", "ms", 2),
         ("trace", "trace_ms", "ms", 2),
         ("memory", "mib", "MiB", 0), ("with a short queue", "short_mib", "MiB", 0),
     ]  # fmt: skip
