@@ -128,20 +128,23 @@ def contenders(shape: Shape, path: str) -> dict[str, dict[str, Callable[[], Any]
     def loss(tree: Any, x: mx.array, y: mx.array) -> mx.array:
         return losses(tree, x[None], y[None], shape)[0]
 
-    def total(tree: Any) -> mx.array:
-        return losses(tree, tokens, targets, shape).sum()
+    def total(tree: Any, x: mx.array, y: mx.array) -> mx.array:
+        return losses(tree, x, y, shape).sum()
 
-    def by_hand() -> mx.array:
+    def by_hand(tree: Any, x: mx.array) -> mx.array:
         with fused_by_hand(path):
-            return logits(tree, tokens, shape)
+            return logits(tree, x, shape)
 
     # By hand there is only the gradient of the sum: per-sample ones are another program.
-    of_sum = {"by hand: of the sum": functools.partial(mx.grad(total), tree)}
+    of_sum = [("by hand: of the sum", mx.grad(total))] if path == "device" or GPU else []
+    both = (tree, tokens, targets)
     table: dict[str, dict[str, Callable[[], Any]]] = {
-        "vmap": {"by hand": by_hand},
-        "vmap(grad)": of_sum if path == "device" or GPU else {},
-        "vmap, compiled": {},
-        "vmap(grad), compiled": {},
+        "vmap": {"by hand": functools.partial(by_hand, tree, tokens)},
+        "vmap(grad)": {name: functools.partial(fun, *both) for name, fun in of_sum},
+        "vmap, compiled": {"by hand": functools.partial(mx.compile(by_hand), tree, tokens)},
+        "vmap(grad), compiled": {
+            name: functools.partial(mx.compile(fun), *both) for name, fun in of_sum
+        },
     }
     for name, module in (("mx.vmap", mx), ("mlxshim", mlxshim)):
         mapped = module.vmap(forward, in_axes=(None, 0))
