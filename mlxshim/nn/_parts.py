@@ -39,8 +39,8 @@ from ._tape import Pair, Parameter, on_gpu, product_gradient
 #: GPU is given several turns ahead, and none of their memory is free before it has done them.)
 HELD_SHARE, HELD = 1 / 32, 32 * 2**20
 
-#: The backward pass is given to a GPU in so many shares, and waits if so many are not done.
-SHARES, AHEAD = 24, 5
+#: The backward pass is given to a GPU in so many shares, of which so many may be waiting there.
+SHARES, AHEAD = 24, 6
 
 #: Gradients of at most so many entries are put together.
 SMALL = 2**14
@@ -51,6 +51,9 @@ class Run:
 
     def __init__(self, results: Any, parameters: list[Parameter], size: int) -> None:
         self.results, self.parameters, self.size = results, parameters, size
+        #: Shares of the parts that nobody has asked for yet; what tells that one is there.
+        self._left: Iterator[list[mx.array]] = iter(())
+        self._begun: list[mx.array] = []
 
     def gradients(self) -> list[mx.array]:
         """For each parameter, those of all samples: (samples, *shape)."""
@@ -91,19 +94,29 @@ class Run:
         return [found[id(p)] for p in self.parameters]
 
     def start(self) -> None:
-        """Have the parts computed while Python builds what is made of them."""
+        """Have the parts computed, the first of them, while Python builds what is made of all."""
         if in_trace():
             return
         _chunks.wait()  # their memory is the next chunk's
         mx.async_eval(self.results)
-        begun: list[mx.array] = []
-        for parts in self._shares():
-            # A GPU's queue holds what its graphs read: the whole backward pass, as far as it goes.
-            mark = mx.zeros(())
-            mx.async_eval(mark, parts)
-            begun.append(mark)
-            if len(begun) > AHEAD:
-                begun.pop(0).item()
+        self._left = self._shares()
+        for parts in itertools.islice(self._left, AHEAD):
+            self._begin(parts)
+
+    def finish_starting(self) -> None:
+        """Have the rest of them computed.
+
+        A GPU's queue holds what its graphs read: all of the backward pass, as far as it goes. So a
+        share waits until one before it is done.
+        """
+        for parts in self._left:
+            self._begun.pop(0).item()
+            self._begin(parts)
+
+    def _begin(self, parts: list[mx.array]) -> None:
+        mark = mx.zeros(())  # is there when the parts are
+        mx.async_eval(mark, parts)
+        self._begun.append(mark)
 
     def _shares(self) -> Iterator[list[mx.array]]:
         """The parts, those of the last layers first."""

@@ -76,6 +76,7 @@ def per_sample_norms(
             for run in _runs(samples, chunk_size):
                 run.start()
                 norms = [mx.sqrt(s) for s in run.squared_norms(per_layer)]
+                run.finish_starting()
                 if run.size < samples.size:
                     _chunks.compute([*norms, *arrays_of(run.results)])
                 results.append(run.results)
@@ -150,6 +151,7 @@ def clipped_grad(
                 norms = [mx.sqrt(s) for s in run.squared_norms(per_layer)]
                 factors = [bound / mx.maximum(norm, bound) for norm, bound in zip(norms, bounds)]
                 sums = run.weighted_sums(factors if per_layer else factors * len(run.parameters))
+                run.finish_starting()
                 if run.size < samples.size:
                     # Many small ones are added up: in float32.
                     sums = [s.astype(mx.float32) for s in sums]
