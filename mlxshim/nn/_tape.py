@@ -32,11 +32,10 @@ from typing import Any
 import mlx.core as mx
 
 from ..core import native
-from ..core.opaque import after
+from ..core.opaque import after, copies
 from ..core.plans import placeholder
-from ..core.primitive import Arrays, Axes, Node
+from ..core.primitive import Arrays, Axes, Node, full
 from ..rules import _devices, norms
-from ..rules._opaque import copies, opaque_node
 from ..rules._sums import sums_of_rows
 from ..transforms.linear import vjp
 from . import _state
@@ -91,25 +90,25 @@ class Parameter:
 
     def product(self, x: mx.array) -> mx.array:
         nodes = _nodes(self.depth, self.index)
-        return nodes.product(self.copy, self.copy, x, self.value, self.seed)[0]
+        return nodes.product(self.copy, x, self.value, self.seed)[0]
 
     def lookup(self, ids: mx.array) -> mx.array:
         nodes = _nodes(self.depth, self.index)
-        return nodes.lookup(self.copy, self.copy, ids, self.value, self.seed)[0]
+        return nodes.lookup(self.copy, ids, self.value, self.seed)[0]
 
     def shift(self, x: mx.array) -> mx.array:
         nodes = _nodes(self.depth, self.index)
-        return nodes.shifted(self.copy, self.copy, x, self.value, self.seed)[0]
+        return nodes.shifted(self.copy, x, self.value, self.seed)[0]
 
     def norm(self, x: mx.array, name: str, eps: float) -> mx.array:
         nodes = _nodes(self.depth, self.index)
         if _devices.gpu():
-            return nodes.norm(name, eps)(self.copy, self.copy, x, self.value, self.seed)[0]
+            return nodes.norm(name, eps)(self.copy, x, self.value, self.seed)[0]
         # With no kernel there is nothing to keep whole, and what is normalised is there already.
         if x.dtype != self.value.dtype:
             x = x.astype((mx.zeros((), x.dtype) + mx.zeros((), self.value.dtype)).dtype)
         x = _normalised(x, None, name, eps)
-        return nodes.scaled(self.copy, self.copy, x, self.value, self.seed)[0]
+        return nodes.scaled(self.copy, x, self.value, self.seed)[0]
 
     def add_product(self, x: mx.array, c: mx.array) -> None:
         """`x` was multiplied by the parameter, and `c` is the cotangent."""
@@ -252,56 +251,64 @@ _known.vjp(lambda losses, cotangent, _: after([cotangent], [losses])[0])
 # full for whoever differentiates once more what was recorded, which finds no tape.
 
 
+def _known_node(
+    shaped: Callable[..., list[mx.array]],
+    recorded: Any,
+    vjp: Callable[[Arrays, Arrays, Arrays], list[mx.array]],
+    jvp: Callable[[Arrays, Arrays], list[mx.array]],
+) -> Any:
+    """A node of (copy, x, weight, seed), which ends as the node `recorded` of all samples.
+
+    The tape maps the copy for certain, so that the rule runs whatever x is. `shaped` is a value of
+    no meaning.
+    """
+
+    def batch(arrays: Arrays, axes: Axes) -> tuple[list[mx.array], list[int]]:
+        copy, x, weight, seed = arrays
+        axis = axes[1]
+        if axis:
+            x = mx.moveaxis(x, axis, 0)
+        if axes[0] is None:
+            # Another vmap, inside the loss: its axis is one more of rows.
+            return node(copy, x, weight, seed), [0]
+        if axis is None:
+            x = copies(x, copy.shape[axes[0]])
+        return [recorded(x, weight, seed)], [0]
+
+    node: Any = Node(shaped)
+    node.vmap(batch)
+    node.vjp(vjp)
+    node.jvp(lambda primals, tangents: jvp(primals, full(primals, tangents)))
+    return node
+
+
 class _Nodes:
     def __init__(self, depth: int, index: int) -> None:
         self.depth, self.index = depth, index
-        self.product = opaque_node(
-            lambda copy, x, weight, seed: [_shape_of_product(x, weight)],
-            functools.partial(self._batch, lambda: (self.product, self._products)),
-            _product_vjp,
-            _product_jvp,
-        )
-        self.lookup = opaque_node(
-            lambda copy, ids, weight, seed: [
-                placeholder((*ids.shape, *weight.shape[1:]), weight.dtype)
-            ],
-            functools.partial(self._batch, lambda: (self.lookup, self._lookups)),
-            _lookup_vjp,
-            _lookup_jvp,
-        )
-        self.scaled = opaque_node(
-            lambda copy, x, weight, seed: [placeholder(x.shape, x.dtype)],
-            functools.partial(self._batch, lambda: (self.scaled, self._scalings)),
-            _scaled_vjp,
-            _scaled_jvp,
-        )
-        self.shifted = opaque_node(
-            lambda copy, x, bias, seed: [
-                placeholder(x.shape, x.dtype) if x.dtype == bias.dtype and x.ndim else x + bias
-            ],
-            functools.partial(self._batch, lambda: (self.shifted, self._shifts)),
-            _shifted_vjp,
-            _shifted_jvp,
-        )
-        self._shifts = Node(lambda x, bias, seed: x + bias)
-        self._shifts.vjp(self._record_shifted)
-        self._scalings = Node(lambda x, weight, seed: x * weight)
-        self._scalings.vjp(self._record_scaled)
-        self._products = Node(lambda x, weight, seed: mx.matmul(x, mx.swapaxes(weight, 0, 1)))
-        self._products.vjp(self._record_product)
-        self._lookups = Node(lambda ids, weight, seed: mx.take(weight, ids, axis=0))
-        self._lookups.vjp(self._record_lookup)
 
-    def _batch(
-        self, nodes: Callable[[], tuple[Any, Any]], size: int, arrays: Arrays, axes: Axes
-    ) -> list[mx.array]:
-        copy, x, weight, seed = arrays
-        mapped, recorded = nodes()
-        x = copies(x, size) if axes[1] is None else mx.moveaxis(x, axes[1], 0) if axes[1] else x
-        if axes[0] is None:
-            # Another vmap, inside the loss: its axis is one more of rows.
-            return mapped(copy, copy, x, weight, seed)
-        return [recorded(x, weight, seed)]
+    @functools.cached_property
+    def product(self) -> Any:
+        recorded: Any = Node(lambda x, weight, seed: mx.matmul(x, mx.swapaxes(weight, 0, 1)))
+        recorded.vjp(self._record_product)
+        return _known_node(_shape_of_product, recorded, _product_vjp, _product_jvp)
+
+    @functools.cached_property
+    def lookup(self) -> Any:
+        recorded: Any = Node(lambda ids, weight, seed: mx.take(weight, ids, axis=0))
+        recorded.vjp(self._record_lookup)
+        return _known_node(_shape_of_lookup, recorded, _lookup_vjp, _lookup_jvp)
+
+    @functools.cached_property
+    def scaled(self) -> Any:
+        recorded: Any = Node(lambda x, weight, seed: x * weight)
+        recorded.vjp(self._record_scaled)
+        return _known_node(_shape_of_scaled, recorded, _scaled_vjp, _scaled_jvp)
+
+    @functools.cached_property
+    def shifted(self) -> Any:
+        recorded: Any = Node(lambda x, bias, seed: x + bias)
+        recorded.vjp(self._record_shifted)
+        return _known_node(_shape_of_shifted, recorded, _shifted_vjp, _shifted_jvp)
 
     def _record_product(self, primals: Arrays, cotangent: mx.array, _: Any) -> list[mx.array]:
         x, weight, seed = primals
@@ -375,15 +382,14 @@ class _Nodes:
 
         recorded: Any = Node(lambda x, weight, seed: fused(x, weight))
         recorded.vjp(record)
-        mapped: Any = opaque_node(
-            lambda copy, x, weight, seed: [
-                placeholder(x.shape, x.dtype) if x.dtype == weight.dtype else fused(x, weight)
-            ],
-            functools.partial(self._batch, lambda: (mapped, recorded)),
-            vjp_of_copy,
-            jvp_of_copy,
-        )
-        return mapped
+
+
+        def shaped(
+            copy: mx.array, x: mx.array, weight: mx.array, seed: mx.array
+        ) -> list[mx.array]:
+            return [_like(x if x.dtype == weight.dtype else fused(x, weight))]
+
+        return _known_node(shaped, recorded, vjp_of_copy, jvp_of_copy)
 
     @functools.lru_cache(maxsize=4)  # noqa: B019
     def spread(self, size: int) -> Callable[..., mx.array]:
@@ -416,10 +422,35 @@ def product_gradient(x: mx.array, c: mx.array, dtype: mx.Dtype) -> mx.array:
     return mx.matmul(mx.swapaxes(c, 1, 2), x.astype(c.dtype)).astype(dtype)
 
 
-def _shape_of_product(x: mx.array, weight: mx.array) -> mx.array:
-    if x.dtype == weight.dtype and x.ndim and x.shape[-1] == weight.shape[1]:
-        return placeholder((*x.shape[:-1], weight.shape[0]), x.dtype)
-    return mx.matmul(x, mx.swapaxes(weight, 0, 1))  # promotes, or says what is wrong
+def _shape_of_product(
+    copy: mx.array, x: mx.array, weight: mx.array, seed: mx.array
+) -> list[mx.array]:
+    shape, (outputs, inputs) = x.shape, weight.shape
+    if x.dtype == weight.dtype and shape and shape[-1] == inputs:
+        return [placeholder((*shape[:-1], outputs), x.dtype)]
+    return [_like(mx.matmul(x, mx.swapaxes(weight, 0, 1)))]  # promotes, or says what is wrong
+
+
+def _shape_of_lookup(
+    copy: mx.array, ids: mx.array, weight: mx.array, seed: mx.array
+) -> list[mx.array]:
+    return [placeholder((*ids.shape, *weight.shape[1:]), weight.dtype)]
+
+
+def _shape_of_scaled(
+    copy: mx.array, x: mx.array, weight: mx.array, seed: mx.array
+) -> list[mx.array]:
+    return [_like(x)]
+
+
+def _shape_of_shifted(
+    copy: mx.array, x: mx.array, bias: mx.array, seed: mx.array
+) -> list[mx.array]:
+    return [_like(x if x.dtype == bias.dtype and x.ndim else x + bias)]
+
+
+def _like(x: mx.array) -> mx.array:
+    return placeholder(x.shape, x.dtype)
 
 
 def _rows(x: mx.array, leading: int) -> mx.array:
