@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,35 +36,16 @@ class Traces:
     def of(self, axes: list[int]) -> Callable[..., Any]:
         found = self._mapped.get(tuple(axes))
         if found is None:
-            in_axes = (0, list(axes), None)
+            in_axes = (0, list(axes))
             found = self._mapped[tuple(axes)] = vmap(_one, in_axes=in_axes, fallback="error")
         return found
 
 
-class _Trace:
-    """What one trace is of."""
-
-    def __init__(self, samples: Samples, tape: _tape.Tape, before: _state.Snapshot) -> None:
-        self.samples, self.tape, self.before = samples, tape, before
-
-
-def _one(parameters: list[mx.array], arrays: list[mx.array], trace: _Trace) -> Any:
-    """The loss of one sample, its copies of the parameters in the model."""
-    samples, tape, before = trace.samples, trace.tape, trace.before
-    try:
-        with (
-            _layers.watched(before.modules),
-            _state.substituted(samples.places.unique, parameters),
-        ):
-            tape.hold(parameters)
-            try:
-                result = samples.call(tuple(arrays))
-            finally:
-                tape.release()
-    finally:
-        before.restore()
-    _check_loss(result)
-    return result
+def _one(parameters: list[mx.array], arrays: list[mx.array]) -> Any:
+    """The loss of one sample, as the tape that runs has it."""
+    tape = _tape.running()
+    assert tape is not None
+    return tape.sample(parameters, arrays)
 
 
 class Samples:
@@ -133,12 +115,37 @@ class Samples:
         # A checkpointed layer is called again in the backward pass.
         with _state.untouched(self.model) as before:
 
+            # No argument of what is mapped: MLX takes those as they are, if they are all arrays.
+            tape.sample = functools.partial(self._one, tape, before)
+
             def body(parameters: list[mx.array]) -> mx.array:
-                results.append(mapped(parameters, arrays, _Trace(self, tape, before)))
+                results.append(mapped(parameters, arrays))
                 return _loss_of(results[-1]).astype(mx.float32)
 
             tape.run(body)
         return _parts.Run(results[-1], tape.parameters, size)
+
+    def _one(
+        self,
+        tape: _tape.Tape,
+        before: _state.Snapshot,
+        parameters: list[mx.array],
+        arrays: list[mx.array],
+    ) -> Any:
+        """The loss of one sample, its copies of the parameters in the model."""
+        try:
+            with _layers.watched(before.modules):
+                for place, x in zip(self.places.unique, parameters):
+                    place.put(x)
+                tape.hold(parameters)
+                try:
+                    result = self.call(tuple(arrays))
+                finally:
+                    tape.release()
+        finally:
+            before.restore()
+        _check_loss(result)
+        return result
 
     def _looped(self, arrays: list[mx.array], size: int) -> _parts.Run:
         _chunks.wait()  # the loss reads values

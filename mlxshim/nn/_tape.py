@@ -165,6 +165,8 @@ class Tape:
         last: list[mx.array] = []
         self.parameters = [Parameter(place, i, size, depth, last) for i, place in enumerate(places)]
         self.seed: Any = None
+        #: The loss of one sample, of its copies and its arrays: what the run's vmap maps.
+        self.sample: Any = None
         self._of_copy: dict[int, Parameter] = {}
 
     def hold(self, arrays: Sequence[mx.array]) -> None:
@@ -190,9 +192,11 @@ class Tape:
             nodes = (_nodes(self.depth, p.index).spread(self.size) for p in self.parameters)
             return _known(body([node(p.value, seed) for node, p in zip(nodes, self.parameters)]))
 
-        with _entered(self):
-            vjp(total, [mx.zeros(())], [mx.ones((self.size,))])
-        self.seed = None
+        try:
+            with _entered(self):
+                vjp(total, [mx.zeros(())], [mx.ones((self.size,))])
+        finally:
+            self.seed = self.sample = None
 
 
 # Which tape runs in this thread ----------------------------------------------------------------
