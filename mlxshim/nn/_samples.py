@@ -28,10 +28,18 @@ class _Held:
 
 
 class Traces:
-    """What the calls of one per-sample function share: a vmap, which learns from its traces."""
+    """What the calls of one per-sample function share: a vmap, which learns from its traces, and
+    what the model is made of."""
 
     def __init__(self) -> None:
         self._mapped: dict[tuple[int, ...], Callable[..., Any]] = {}
+        self._layout: _state.Layout | None = None
+
+    def layout(self, model: nn.Module) -> _state.Layout:
+        found = self._layout
+        if found is None or not found.fits():
+            found = self._layout = _state.Layout(model)
+        return found
 
     def of(self, axes: list[int]) -> Callable[..., Any]:
         found = self._mapped.get(tuple(axes))
@@ -70,7 +78,8 @@ class Samples:
             in_axes,
         )
         self.size = self.inputs.size
-        self.places = _state.trainable(model)
+        self.layout = traces.layout(model)
+        self.places = self.layout.places
         if not self.places.unique:
             raise ValueError(
                 "The model has no trainable parameters: all are frozen, or there are none."
@@ -113,7 +122,7 @@ class Samples:
         results: list[Any] = []
 
         # A checkpointed layer is called again in the backward pass.
-        with _state.untouched(self.model) as before:
+        with _state.untouched(self.layout) as before:
 
             # No argument of what is mapped: MLX takes those as they are, if they are all arrays.
             tape.sample = functools.partial(self._one, tape, before)

@@ -6,7 +6,7 @@ reaches the module another way (a loss that closes over it, a bound method it ke
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,34 +95,100 @@ def substituted(places: Sequence[Location], values: Sequence[mx.array]) -> Itera
             place.put(value)
 
 
-class Snapshot:
-    """What modules hold: arrays, attributes, all."""
+class Layout:
+    """What a model is made of, the values of its arrays apart: found once, and known again."""
 
-    def __init__(self, *models: nn.Module) -> None:
-        self._saved: dict[int, tuple[Any, Any, Any]] = {}
-        for model in models:
-            self._save(model)
-        #: All modules in them, each once.
-        self.modules: list[nn.Module] = [
-            node for node, _, own in self._saved.values() if own is not None
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.places = trainable(model)
+        #: All modules and containers in it, each once.
+        self.nodes = _containers([model])
+        self._forms = [
+            (
+                node,
+                list(node) if isinstance(node, dict) else None,
+                [_ARRAY if isinstance(child, mx.array) else child for child in _children(node)],
+                set(vars(node).get("_no_grad", ())) if isinstance(node, nn.Module) else None,
+            )
+            for node in self.nodes
         ]
 
-    def _save(self, node: Any) -> None:
+    def fits(self) -> bool:
+        """Whether the model is still made so."""
+        if not _says_what_is_trainable(self.model):
+            return False
+        for node, keys, children, frozen in self._forms:
+            if keys is None:
+                now = node
+            elif list(node) == keys:
+                now = node.values()
+            else:
+                return False
+            if len(now) != len(children):
+                return False
+            for child, kept in zip(now, children):
+                if child is not kept and not (kept is _ARRAY and isinstance(child, mx.array)):
+                    return False
+            if frozen is not None and vars(node).get("_no_grad", ()) != frozen:
+                return False
+        return True
+
+
+_ARRAY = object()
+
+
+def _says_what_is_trainable(model: nn.Module) -> bool:
+    """Whether the form of the model alone does: no method of its own has a say."""
+    plain = nn.Module
+    return (
+        getattr(model.trainable_parameters, "__func__", None) is plain.trainable_parameters
+        and getattr(model.filter_and_map, "__func__", None) is plain.filter_and_map
+        and model.trainable_parameter_filter is plain.trainable_parameter_filter
+    )
+
+
+def _children(node: Any) -> Any:
+    return node.values() if isinstance(node, dict) else node
+
+
+def _containers(roots: Iterable[Any]) -> list[Any]:
+    """All modules, dicts and lists in these, each once."""
+    found: dict[int, Any] = {}
+
+    def look(node: Any) -> None:
         if isinstance(node, tuple):
             for child in node:
-                self._save(child)
-        elif isinstance(node, (dict, list)) and id(node) not in self._saved:
-            own = dict(vars(node)) if isinstance(node, nn.Module) else None
-            self._saved[id(node)] = node, node.copy() if isinstance(node, list) else dict(node), own
-            for child in node.values() if isinstance(node, dict) else node:
+                look(child)
+        elif isinstance(node, (dict, list)) and id(node) not in found:
+            found[id(node)] = node
+            for child in _children(node):
                 if not isinstance(child, mx.array):
-                    self._save(child)
+                    look(child)
+
+    for root in roots:
+        look(root)
+    return list(found.values())
+
+
+class Snapshot:
+    """What modules and containers hold: arrays, attributes, all."""
+
+    def __init__(self, nodes: Sequence[Any]) -> None:
+        self._saved: list[tuple[Any, Any, dict[str, Any] | None]] = []
+        self.modules: list[nn.Module] = []
+        for node in nodes:
+            own = None
+            if isinstance(node, nn.Module):
+                own = dict(vars(node))
+                self.modules.append(node)
+            self._saved.append((node, node.copy() if isinstance(node, list) else dict(node), own))
 
     def restore(self) -> None:
-        for node, content, own in self._saved.values():
+        for node, content, own in self._saved:
             if own is not None:
-                vars(node).clear()
-                vars(node).update(own)
+                now = vars(node)
+                now.clear()
+                now.update(own)
             if isinstance(node, list):
                 node[:] = content
             else:
@@ -131,9 +197,9 @@ class Snapshot:
 
 
 @contextmanager
-def untouched(*models: nn.Module) -> Iterator[Snapshot]:
-    """Whatever happens inside, the modules are afterwards as they were."""
-    snapshot = Snapshot(*models)
+def untouched(model: nn.Module | Layout) -> Iterator[Snapshot]:
+    """Whatever happens inside, the model is afterwards as it was."""
+    snapshot = Snapshot(model.nodes if isinstance(model, Layout) else _containers([model]))
     try:
         yield snapshot
     finally:
