@@ -192,7 +192,7 @@ def test_a_model_that_is_changed_between_calls():
         model.layers[1].weight = mx.random.normal((3, 3))
 
     def own_parameters():
-        model.trainable_parameters = lambda: {"more": model.more}
+        model.trainable_parameters = lambda: {"more": dict(model.more)}
 
     changes = [
         *(add_a_layer, lambda: model.layers[0].freeze(keys="bias"), exchange_a_layer),

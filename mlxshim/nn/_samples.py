@@ -123,7 +123,6 @@ class Samples:
 
         # A checkpointed layer is called again in the backward pass.
         with _state.untouched(self.layout) as before:
-
             # No argument of what is mapped: MLX takes those as they are, if they are all arrays.
             tape.sample = functools.partial(self._one, tape, before)
 

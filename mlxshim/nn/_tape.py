@@ -387,10 +387,7 @@ class _Nodes:
         recorded: Any = Node(lambda x, weight, seed: fused(x, weight))
         recorded.vjp(record)
 
-
-        def shaped(
-            copy: mx.array, x: mx.array, weight: mx.array, seed: mx.array
-        ) -> list[mx.array]:
+        def shaped(copy: mx.array, x: mx.array, weight: mx.array, seed: mx.array) -> list[mx.array]:
             return [_like(x if x.dtype == weight.dtype else fused(x, weight))]
 
         return _known_node(shaped, recorded, vjp_of_copy, jvp_of_copy)
