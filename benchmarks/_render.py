@@ -122,8 +122,8 @@ def scaling(result: Result) -> str:
     text = table(head, rows)
     if result.get("chunks"):
         head = ("tokens of a sample", "samples at a time", "time", "against all at once")
-        head += ("of it traces", "compiled by hand", "peak memory")
-        keys = ("ratio", "of_it_traces", "compiled")
+        head += ("by the wall clock", "of it traces", "compiled by hand", "peak memory")
+        keys = ("ratio", "wall_ratio", "of_it_traces", "compiled")
         text += (
             f"\n\nGradient norms of {result['chunks'][0]['samples']} samples of a 4-layer "
             "transformer by `chunk_size`, the least of several rounds in turns:\n\n"

@@ -127,6 +127,8 @@ def test_a_loop_over_the_samples_waits(events):
 
 
 def peak(fun, *arguments):
+    if mx.default_device().type == mx.gpu:
+        pytest.skip("a GPU's queue holds what is in flight")
     mx.eval(arguments)
     mx.synchronize()
     before = mx.get_active_memory()  # other tests' arrays

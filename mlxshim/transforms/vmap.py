@@ -57,7 +57,7 @@ def vmap(
         randomness: What `mx.random` functions without a key draw: something "different" for each
             sample, as in a loop; the "same" for all; or "error", to refuse.
         chunk_size: At most this many samples are in memory at a time; the others wait. `fun` is
-            traced once for each chunk.
+            traced once for each chunk, while the one before is computed.
         fallback: What becomes of an operation that has no batching rule: a "loop" over the samples
             with a `PerformanceWarning`, or an "error".
 
