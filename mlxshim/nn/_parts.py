@@ -78,7 +78,7 @@ class Run:
         if not self.size:
             return [mx.zeros_like(p.value) for p in self.parameters]
         turns = self._turns()
-        halves = {id(w): _halves(w) for w in weights}
+        halves = {i: _halves(w) for i, w in {id(w): w for w in weights}.items()}
         small, large = _by_size(self.parameters) if len(halves) == 1 else ([], self.parameters)
         weight_of = dict(zip(map(id, self.parameters), weights))
         found: dict[int, mx.array] = {}

@@ -35,6 +35,7 @@ from ..core import native
 from ..core.opaque import after, copies
 from ..core.plans import placeholder
 from ..core.primitive import Arrays, Axes, Node, full
+from ..core.tracers import in_trace
 from ..rules import _devices, norms
 from ..rules._sums import sums_of_rows
 from ..transforms.linear import vjp
@@ -69,10 +70,17 @@ class Parameter:
     """One trainable array, and what a run found out about it."""
 
     def __init__(
-        self, place: _state.Location, index: int, size: int, depth: int, last: list[mx.array]
+        self,
+        place: _state.Location,
+        index: int,
+        size: int,
+        depth: int,
+        last: list[mx.array],
+        after: Callable[[list[mx.array], list[mx.array]], Arrays],
     ) -> None:
         self.place, self.index, self.size, self.depth = place, index, size, depth
         self.value = place.get()
+        self._after = after
         #: What was made last of a cotangent, of whichever parameter of the run.
         self._last = last
         #: The samples' copy inside the mapped function: what the module holds meanwhile; and an
@@ -132,7 +140,7 @@ class Parameter:
 
     def in_order(self, cotangent: mx.array) -> mx.array:
         """To be used after what the run made last."""
-        return after([cotangent], self._last)[0]
+        return self._after([cotangent], self._last)[0]
 
     @property
     def pairs(self) -> list[Pair]:
@@ -142,7 +150,7 @@ class Parameter:
         """The same, with nothing of which is computed before `others` are there."""
         parts = [part for pair in self.pairs for part in pair]
         made = [x for x in (self.direct, self.kept) if x is not None]
-        arrays = list(after([*parts, *made], others))
+        arrays = list(self._after([*parts, *made], others))
         found = copy.copy(self)
         pairs = list(zip(arrays[: len(parts) : 2], arrays[1 : len(parts) : 2]))
         found.products, found.lookups = (
@@ -163,7 +171,11 @@ class Tape:
     def __init__(self, places: Sequence[_state.Location], size: int, depth: int) -> None:
         self.size, self.depth = size, depth
         last: list[mx.array] = []
-        self.parameters = [Parameter(place, i, size, depth, last) for i, place in enumerate(places)]
+        # What nothing traces needs no transforms, and MLX's own node is built sooner.
+        order = after if in_trace() else _depends
+        self.parameters = [
+            Parameter(place, i, size, depth, last, order) for i, place in enumerate(places)
+        ]
         self.seed: Any = None
         #: The loss of one sample, of its copies and its arrays: what the run's vmap maps.
         self.sample: Any = None
@@ -240,6 +252,10 @@ def _recorded(depth: int, index: int) -> Parameter | None:
 # MLX evaluates what nothing waits for last of all. The values of the losses are small and made of
 # logits: they come first, and the backward pass begins when they are there. What is made of a
 # cotangent and of what a layer was given frees both: before the next layer's cotangent is used.
+
+
+def _depends(waiting: list[mx.array], others: list[mx.array]) -> Arrays:
+    return mx.depends(waiting, others) if waiting and others else waiting
 
 
 _known: Any = Node(lambda losses: losses)
