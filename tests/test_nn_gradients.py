@@ -290,6 +290,21 @@ class Normalised(nn.Linear):
         return y
 
 
+def test_parameters_used_by_hand_now_and_then():
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), mx.random.normal((4, 3))
+    by_hand = []
+
+    def loss(model, x):
+        return model(x).square().sum() + sum(model.layers[i].weight.square().sum() for i in by_hand)
+
+    fun = per_sample_value_and_grad(model, loss)
+    for by_hand[:] in [], [], [1], [], [0], [0, 1], []:
+        losses, grads = fun(model, x)
+        want, want_grads = loop(model, loss, (x,))
+        close(losses, want)
+        close_trees(grads, want_grads)
+
+
 def test_a_weight_that_is_exchanged_on_the_way():
     model = nn.Sequential(Normalised(3, 4), nn.Tanh(), Normalised(4, 2))
     data = (mx.random.normal((5, 3)), mx.random.normal((5, 2)))

@@ -117,7 +117,16 @@ class Samples:
         return self._looped(arrays, stop - start)
 
     def _batched(self, arrays: list[mx.array], size: int) -> _parts.Run:
-        tape = _tape.Tape(self.places.unique, size, _tape.depth())
+        run, tape = self._recorded(arrays, size, self.layout.by_copies)
+        if tape.surprised:
+            run, tape = self._recorded(arrays, size, None)
+        self.layout.by_copies = (self.layout.by_copies or set()) | tape.by_copies
+        return run
+
+    def _recorded(
+        self, arrays: list[mx.array], size: int, by_copies: set[int] | None
+    ) -> tuple[_parts.Run, _tape.Tape]:
+        tape = _tape.Tape(self.places.unique, size, _tape.depth(), by_copies)
         mapped = self.traces.of(self.inputs.axes)
         results: list[Any] = []
 
@@ -131,7 +140,7 @@ class Samples:
                 return _loss_of(results[-1]).astype(mx.float32)
 
             tape.run(body)
-        return _parts.Run(results[-1], tape.parameters, size)
+        return _parts.Run(results[-1], tape.parameters, size), tape
 
     def _one(
         self,

@@ -101,6 +101,9 @@ class Layout:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.places = trainable(model)
+        #: The places, by their number, whose arrays are used in ways that no tape knows; None as
+        #: long as nothing is known.
+        self.by_copies: set[int] | None = None
         #: All modules and containers in it, each once.
         self.nodes = _containers([model])
         self._forms = [

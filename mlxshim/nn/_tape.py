@@ -32,6 +32,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..core import native
+from ..core.interception import original
 from ..core.opaque import after, copies
 from ..core.plans import placeholder
 from ..core.primitive import Arrays, Axes, Node, full
@@ -168,11 +169,23 @@ class Parameter:
 class Tape:
     """The parameters of a model during one run."""
 
-    def __init__(self, places: Sequence[_state.Location], size: int, depth: int) -> None:
+    def __init__(
+        self,
+        places: Sequence[_state.Location],
+        size: int,
+        depth: int,
+        by_copies: set[int] | None = None,
+    ) -> None:
         self.size, self.depth = size, depth
+        #: Those whose copies were used, and whether others were: then the run is no good.
+        self.by_copies: set[int] = set()
+        self.surprised = False
         last: list[mx.array] = []
         # What nothing traces needs no transforms, and MLX's own node is built sooner.
-        order = after if in_trace() else _depends
+        traced = in_trace()
+        order = after if traced else _depends
+        #: The parameters whose copies are expected to be used, by their number; None: not known.
+        self.expected = None if traced else by_copies
         self.parameters = [
             Parameter(place, i, size, depth, last, order) for i, place in enumerate(places)
         ]
@@ -201,14 +214,25 @@ class Tape:
 
         def total(seed: mx.array) -> mx.array:
             self.seed = seed
-            nodes = (_nodes(self.depth, p.index).spread(self.size) for p in self.parameters)
-            return _known(body([node(p.value, seed) for node, p in zip(nodes, self.parameters)]))
+            return _known(body(self._copies(seed)))
 
         try:
             with _entered(self):
                 vjp(total, [mx.zeros(())], [mx.ones((self.size,))])
         finally:
             self.seed = self.sample = None
+
+    def _copies(self, seed: mx.array) -> list[mx.array]:
+        if self.expected is None:
+            return [
+                _nodes(self.depth, p.index).spread(self.size)(p.value, seed)
+                for p in self.parameters
+            ]
+        guard, depends = [_guard(seed)], original(mx, "depends")
+        found = [depends([copies(p.value, self.size)], guard)[0] for p in self.parameters]
+        for i in self.expected:
+            found[i] = _nodes(self.depth, i).spread(self.size)(self.parameters[i].value, seed)
+        return found
 
 
 # Which tape runs in this thread ----------------------------------------------------------------
@@ -252,6 +276,18 @@ def _recorded(depth: int, index: int) -> Parameter | None:
 # MLX evaluates what nothing waits for last of all. The values of the losses are small and made of
 # logits: they come first, and the backward pass begins when they are there. What is made of a
 # cotangent and of what a layer was given frees both: before the next layer's cotangent is used.
+
+
+def _surprise(seed: mx.array, cotangent: mx.array, _: Any) -> mx.array:
+    tape = running()
+    assert tape is not None
+    tape.surprised = True
+    return cotangent
+
+
+#: What waits for it has a cotangent: so has it, zeros.
+_guard: Any = Node(lambda seed: seed)
+_guard.vjp(_surprise)
 
 
 def _depends(waiting: list[mx.array], others: list[mx.array]) -> Arrays:
@@ -414,6 +450,7 @@ class _Nodes:
             parameter = _recorded(self.depth, self.index)
             if parameter is not None:
                 parameter.add(cotangent)
+                _tapes.stack[self.depth].by_copies.add(self.index)
                 return list(primals)
             return [mx.sum(cotangent, axis=0), mx.zeros_like(primals[1])]
 
