@@ -84,17 +84,26 @@ def _watched(original: Any, call: Callable[[Tape, Any, Any], Any]) -> Any:
     return method
 
 
-@contextmanager
-def watched(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """The calls of these layers go to the tape that runs."""
+Known = list[tuple[nn.Module, type, type]]
+
+
+def known(nodes: Sequence[Any]) -> Known:
+    """The modules among these whose calls are known, with their class and the one that watches."""
+    modules = [node for node in nodes if isinstance(node, nn.Module)]
     classes = [(module, type(module), _watched_class(type(module))) for module in modules]
-    changed = [(module, cls, new) for module, cls, new in classes if new is not None]
+    return [(module, cls, new) for module, cls, new in classes if new is not None]
+
+
+@contextmanager
+def watched(modules: Known) -> Iterator[None]:
+    """The calls of these layers go to the tape that runs."""
+    put = object.__setattr__  # a module's own looks for arrays
     done = 0
     try:
-        for module, _, new in changed:
-            module.__class__ = new
+        for module, _, new in modules:
+            put(module, "__class__", new)
             done += 1
         yield
     finally:
-        for module, cls, _ in changed[:done]:
-            module.__class__ = cls
+        for module, cls, _ in modules[:done]:
+            put(module, "__class__", cls)

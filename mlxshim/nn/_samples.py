@@ -33,12 +33,14 @@ class Traces:
 
     def __init__(self) -> None:
         self._mapped: dict[tuple[int, ...], Callable[..., Any]] = {}
-        self._layout: _state.Layout | None = None
+        self._layout: tuple[_state.Layout, _layers.Known] | None = None
 
-    def layout(self, model: nn.Module) -> _state.Layout:
+    def layout(self, model: nn.Module) -> tuple[_state.Layout, _layers.Known]:
+        """What the model is made of, and the layers in it whose calls are known."""
         found = self._layout
-        if found is None or not found.fits():
-            found = self._layout = _state.Layout(model)
+        if found is None or not found[0].fits():
+            layout = _state.Layout(model)
+            found = self._layout = layout, _layers.known(layout.nodes)
         return found
 
     def of(self, axes: list[int]) -> Callable[..., Any]:
@@ -78,7 +80,7 @@ class Samples:
             in_axes,
         )
         self.size = self.inputs.size
-        self.layout = traces.layout(model)
+        self.layout, self._known = traces.layout(model)
         self.places = self.layout.places
         if not self.places.unique:
             raise ValueError(
@@ -151,9 +153,9 @@ class Samples:
     ) -> Any:
         """The loss of one sample, its copies of the parameters in the model."""
         try:
-            with _layers.watched(before.modules):
+            with _layers.watched(self._known):
                 for place, x in zip(self.places.unique, parameters):
-                    place.put(x)
+                    place.owner[place.key] = x
                 tape.hold(parameters)
                 try:
                     result = self.call(tuple(arrays))

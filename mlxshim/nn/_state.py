@@ -109,6 +109,7 @@ class Layout:
         self._forms = [
             (
                 node,
+                type(node),
                 list(node) if isinstance(node, dict) else None,
                 [_ARRAY if isinstance(child, mx.array) else child for child in _children(node)],
                 set(vars(node).get("_no_grad", ())) if isinstance(node, nn.Module) else None,
@@ -120,7 +121,9 @@ class Layout:
         """Whether the model is still made so."""
         if not _says_what_is_trainable(self.model):
             return False
-        for node, keys, children, frozen in self._forms:
+        for node, kind, keys, children, frozen in self._forms:
+            if type(node) is not kind:
+                return False
             if keys is None:
                 now = node
             elif list(node) == keys:
@@ -178,12 +181,8 @@ class Snapshot:
 
     def __init__(self, nodes: Sequence[Any]) -> None:
         self._saved: list[tuple[Any, Any, dict[str, Any] | None]] = []
-        self.modules: list[nn.Module] = []
         for node in nodes:
-            own = None
-            if isinstance(node, nn.Module):
-                own = dict(vars(node))
-                self.modules.append(node)
+            own = dict(vars(node)) if isinstance(node, nn.Module) else None
             self._saved.append((node, node.copy() if isinstance(node, list) else dict(node), own))
 
     def restore(self) -> None:

@@ -141,7 +141,7 @@ class Parameter:
 
     def in_order(self, cotangent: mx.array) -> mx.array:
         """To be used after what the run made last."""
-        return self._after([cotangent], self._last)[0]
+        return self._after([cotangent], self._last)[0] if self._last else cotangent
 
     @property
     def pairs(self) -> list[Pair]:
@@ -151,7 +151,9 @@ class Parameter:
         """The same, with nothing of which is computed before `others` are there."""
         parts = [part for pair in self.pairs for part in pair]
         made = [x for x in (self.direct, self.kept) if x is not None]
-        arrays = list(self._after([*parts, *made], others))
+        arrays = [*parts, *made]
+        if arrays and others:
+            arrays = list(self._after(arrays, others))
         found = copy.copy(self)
         pairs = list(zip(arrays[: len(parts) : 2], arrays[1 : len(parts) : 2]))
         found.products, found.lookups = (
@@ -183,7 +185,7 @@ class Tape:
         last: list[mx.array] = []
         # What nothing traces needs no transforms, and MLX's own node is built sooner.
         traced = in_trace()
-        order = after if traced else _depends
+        order = after if traced else original(mx, "depends")
         #: The parameters whose copies are expected to be used, by their number; None: not known.
         self.expected = None if traced else by_copies
         self.parameters = [
@@ -290,10 +292,6 @@ _guard: Any = Node(lambda seed: seed)
 _guard.vjp(_surprise)
 
 
-def _depends(waiting: list[mx.array], others: list[mx.array]) -> Arrays:
-    return mx.depends(waiting, others) if waiting and others else waiting
-
-
 _known: Any = Node(lambda losses: losses)
 _known.vjp(lambda losses, cotangent, _: after([cotangent], [losses])[0])
 
@@ -372,7 +370,7 @@ class _Nodes:
         if parameter is not None:
             cotangent = parameter.in_order(cotangent)
             parameter.add_product(x, cotangent)
-            return [mx.matmul(cotangent, weight).astype(x.dtype), weight, seed]
+            return [_as(mx.matmul(cotangent, weight), x.dtype), weight, seed]
         rows, flat = _rows(x, 0).astype(cotangent.dtype), _rows(cotangent, 0)
         dweight = mx.matmul(mx.swapaxes(flat, 0, 1), rows).astype(weight.dtype)
         return [mx.matmul(cotangent, weight).astype(x.dtype), dweight, mx.zeros_like(seed)]
@@ -473,7 +471,11 @@ def _normalised(x: mx.array, weight: mx.array | None, name: str, eps: float) -> 
 def product_gradient(x: mx.array, c: mx.array, dtype: mx.Dtype) -> mx.array:
     """(samples, rows, inputs), (samples, rows, outputs) -> (samples, outputs, inputs)."""
     # The dtype that the layer computed in, as a batch's gradient.
-    return mx.matmul(mx.swapaxes(c, 1, 2), x.astype(c.dtype)).astype(dtype)
+    return _as(mx.matmul(mx.swapaxes(c, 1, 2), _as(x, c.dtype)), dtype)
+
+
+def _as(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    return x if x.dtype == dtype else x.astype(dtype)
 
 
 def _shape_of_product(
