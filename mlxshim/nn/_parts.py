@@ -89,6 +89,9 @@ class Run:
                 found[id(p)] = mx.reshape(one, p.value.shape)
         for p in large:
             w = weight_of[id(p)]
+            if not p.products and not p.lookups:  # nothing is held besides
+                found[id(p)] = weighted_sum(p, w, halves[id(w)])
+                continue
             work = functools.partial(weighted_sum, weights=w, halves=halves[id(w)])
             found[id(p)] = turns.take(_bytes_weighed(p), p, work)
         return [found[id(p)] for p in self.parameters]
@@ -211,16 +214,14 @@ def _part(x: mx.array, samples: slice, parameter: Parameter) -> mx.array:
 
 def _squares(parameter: Parameter, size: int, turns: _Turns) -> mx.array:
     """Of each sample: (samples, ...), to be summed."""
-    if not parameter.pairs:
+    if not parameter.products and not parameter.lookups:
         if parameter.direct is None and parameter.kept is None:
             return mx.zeros((size,))
-
-        def of_made(parameter: Parameter) -> mx.array:
-            return _sums_of_squares(gradient(parameter, slice(0, size)))
-
-        value = parameter.value
-        nbytes = 0 if _row(value.dtype, value.size) else 4 * size * value.size
-        return turns.take(nbytes, parameter, of_made)
+        value, everything = parameter.value, slice(0, size)
+        if _row(value.dtype, value.size):
+            return _sums_of_squares(gradient(parameter, everything))
+        nbytes = 4 * size * value.size
+        return turns.take(nbytes, parameter, lambda p: _sums_of_squares(gradient(p, everything)))
     if parameter.direct is None and parameter.kept is None and _prefers_rows(parameter):
         return turns.take(_bytes_by_rows(parameter), parameter, _by_rows)
     each = parameter.value.nbytes
@@ -309,7 +310,12 @@ def _sums_of_squares(x: mx.array) -> mx.array:
 
 def _row(dtype: mx.Dtype, size: int) -> int:
     """How many squares one product adds up; 0 where they are written out."""
-    if not _devices.gpu():
+    return _row_on(_devices.gpu(), dtype, size)
+
+
+@functools.lru_cache(maxsize=1024)
+def _row_on(gpu: bool, dtype: mx.Dtype, size: int) -> int:
+    if not gpu:
         return size // 128 if dtype == mx.float32 and size % 1024 == 0 else 0
     if dtype not in (mx.bfloat16, mx.float32):
         return 0
