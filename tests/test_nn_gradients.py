@@ -191,13 +191,20 @@ def test_a_model_that_is_changed_between_calls():
     def exchange_an_array():
         model.layers[1].weight = mx.random.normal((3, 3))
 
+    class Doubled(nn.Linear):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    def exchange_a_class():
+        model.layers[0].__class__ = Doubled
+
     def own_parameters():
         model.trainable_parameters = lambda: {"more": dict(model.more)}
 
     changes = [
         *(add_a_layer, lambda: model.layers[0].freeze(keys="bias"), exchange_a_layer),
         *(add_an_entry, exchange_an_array, lambda: model.layers[1].freeze()),
-        *(lambda: model.unfreeze(), lambda: model.layers.pop(), own_parameters),
+        *(lambda: model.unfreeze(), exchange_a_class, lambda: model.layers.pop(), own_parameters),
     ]
     fun = per_sample_value_and_grad(model, loss)
     fun(model, x)
@@ -206,6 +213,7 @@ def test_a_model_that_is_changed_between_calls():
         losses, grads = fun(model, x)
         want, want_grads = loop(model, loss, (x,))
         close(losses, want)
+        assert type(model.layers[0]) is (Doubled if change in changes[-3:] else nn.Linear)
         names = {name for name, _ in tree_flatten(model.trainable_parameters())}
         assert {name for name, _ in tree_flatten(grads)} == names
         for name, g in tree_flatten(grads):

@@ -6,7 +6,7 @@ reaches the module another way (a loss that closes over it, a bound method it ke
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +41,12 @@ class Locations:
         self.tree = self._find(model, tree, "")
         places = {(id(at.owner), at.key): at for at in self.all}
         self.unique: list[Location] = list(places.values())
-        self._index = {key: i for i, key in enumerate(places)}
+        numbers = {key: i for i, key in enumerate(places)}
+        #: Which of `unique` each place is, by the identities of `all`, and if under that name.
+        self._index: dict[int, tuple[int, bool]] = {}
+        for at in self.all:
+            i = numbers[id(at.owner), at.key]
+            self._index[id(at)] = i, self.unique[i] is at
 
     def _find(self, owner: Any, tree: Any, name: str) -> Any:
         pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
@@ -68,14 +73,14 @@ class Locations:
 
     def _fill(self, node: Any, values: Sequence[mx.array]) -> Any:
         # No closure that calls itself: it would keep the values until the next garbage collection.
+        if type(node) is Location:
+            i, itself = self._index[id(node)]
+            return values[i] if itself else mx.zeros_like(values[i])
         if isinstance(node, dict):
             return {key: self._fill(child, values) for key, child in node.items()}
         if isinstance(node, list):
             return [self._fill(child, values) for child in node]
-        if not isinstance(node, Location):
-            return node
-        i = self._index[id(node.owner), node.key]
-        return values[i] if self.unique[i] is node else mx.zeros_like(values[i])
+        return node
 
 
 def trainable(model: nn.Module) -> Locations:
@@ -105,7 +110,7 @@ class Layout:
         #: long as nothing is known.
         self.by_copies: set[int] | None = None
         #: All modules and containers in it, each once.
-        self.nodes = _containers([model])
+        self.nodes = _containers(model)
         self._forms = [
             (
                 node,
@@ -157,23 +162,22 @@ def _children(node: Any) -> Any:
     return node.values() if isinstance(node, dict) else node
 
 
-def _containers(roots: Iterable[Any]) -> list[Any]:
-    """All modules, dicts and lists in these, each once."""
+def _containers(model: nn.Module) -> list[Any]:
+    """All modules, dicts and lists in it, each once."""
     found: dict[int, Any] = {}
-
-    def look(node: Any) -> None:
-        if isinstance(node, tuple):
-            for child in node:
-                look(child)
-        elif isinstance(node, (dict, list)) and id(node) not in found:
-            found[id(node)] = node
-            for child in _children(node):
-                if not isinstance(child, mx.array):
-                    look(child)
-
-    for root in roots:
-        look(root)
+    _look(model, found)
     return list(found.values())
+
+
+def _look(node: Any, found: dict[int, Any]) -> None:
+    if isinstance(node, tuple):
+        for child in node:
+            _look(child, found)
+    elif isinstance(node, (dict, list)) and id(node) not in found:
+        found[id(node)] = node
+        for child in _children(node):
+            if not isinstance(child, mx.array):
+                _look(child, found)
 
 
 class Snapshot:
@@ -201,7 +205,7 @@ class Snapshot:
 @contextmanager
 def untouched(model: nn.Module | Layout) -> Iterator[Snapshot]:
     """Whatever happens inside, the model is afterwards as it was."""
-    snapshot = Snapshot(model.nodes if isinstance(model, Layout) else _containers([model]))
+    snapshot = Snapshot(model.nodes if isinstance(model, Layout) else _containers(model))
     try:
         yield snapshot
     finally:
