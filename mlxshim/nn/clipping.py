@@ -54,6 +54,8 @@ def per_sample_norms(
     Raises:
         ValueError: as `per_sample_value_and_grad`.
 
+    Where nothing traces, the backward pass has begun when the call returns.
+
     Example:
         >>> import mlx.core as mx
         >>> import mlx.nn as nn
@@ -121,7 +123,8 @@ def clipped_grad(
 
     The norms come from the same backward pass as the sum. Until they are known, a layer's inputs
     and cotangents are kept, and multiplied twice; or its samples' gradients, where those take no
-    more memory (rows * (inputs + outputs) numbers a sample, against inputs * outputs).
+    more memory (rows * (inputs + outputs) numbers a sample, against inputs * outputs). Where nothing
+    traces, the backward pass has begun when the call returns.
 
     Example:
         >>> import mlx.core as mx
