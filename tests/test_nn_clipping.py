@@ -253,7 +253,7 @@ def test_gradients_that_are_small_are_made_once(monkeypatch):
 def test_weights_are_not_rounded(dtype):
     weights = mx.full((3,), 0.5 + 0.49 / 256)  # 0.5 in bfloat16
     gradients = mx.ones((3, 4, 2), dtype)
-    got = _parts._sum_of_kept(gradients, weights, _parts._halves(weights))
+    got = _parts._sum_of_kept(gradients, weights, _parts._Halves(weights))
     close(got.astype(mx.float32), mx.full((4, 2), 1.505742).astype(dtype).astype(mx.float32), 1e-6)
 
 

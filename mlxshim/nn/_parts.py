@@ -78,7 +78,7 @@ class Run:
         if not self.size:
             return [mx.zeros_like(p.value) for p in self.parameters]
         turns = self._turns()
-        halves = {i: _halves(w) for i, w in {id(w): w for w in weights}.items()}
+        halves = {i: _Halves(w) for i, w in {id(w): w for w in weights}.items()}
         small, large = _by_size(self.parameters) if len(halves) == 1 else ([], self.parameters)
         weight_of = dict(zip(map(id, self.parameters), weights))
         found: dict[int, mx.array] = {}
@@ -342,7 +342,7 @@ def _dot(x: mx.array, y: mx.array) -> mx.array:
 # Weighted sums ---------------------------------------------------------------------------------
 
 
-def weighted_sum(parameter: Parameter, weights: mx.array, halves: mx.array) -> mx.array:
+def weighted_sum(parameter: Parameter, weights: mx.array, halves: _Halves) -> mx.array:
     """(*shape), in the parameter's dtype."""
     value = parameter.value
     total: mx.array | None = None
@@ -368,18 +368,25 @@ def weighted_sum(parameter: Parameter, weights: mx.array, halves: mx.array) -> m
     return mx.zeros_like(value) if total is None else total
 
 
-def _halves(weights: mx.array) -> mx.array:
+class _Halves:
     """(2, samples): weights without their last bits, and those bits. A product of bfloat16, or of
     float32 on a GPU, takes few bits, and a factor rounded up would clip to more than the bound."""
-    first = weights.astype(mx.bfloat16).astype(mx.float32)
-    return mx.stack([first, weights - first])
+
+    def __init__(self, weights: mx.array) -> None:
+        first = weights.astype(mx.bfloat16).astype(mx.float32)
+        self._of = {mx.float32: mx.stack([first, weights - first])}
+
+    def of(self, dtype: mx.Dtype) -> mx.array:
+        if dtype not in self._of:
+            self._of[dtype] = self._of[mx.float32].astype(dtype)
+        return self._of[dtype]
 
 
-def _sum_of_kept(gradients: mx.array, weights: mx.array, halves: mx.array) -> mx.array:
+def _sum_of_kept(gradients: mx.array, weights: mx.array, halves: _Halves) -> mx.array:
     if gradients.dtype == mx.float16:  # has no range for small weights
         return mx.sum(_weigh(gradients, weights), axis=0)
     rows = mx.reshape(gradients, (gradients.shape[0], -1))
-    sums = mx.sum(mx.matmul(halves.astype(rows.dtype), rows), axis=0)
+    sums = mx.sum(mx.matmul(halves.of(rows.dtype), rows), axis=0)
     return mx.reshape(sums, gradients.shape[1:])
 
 
