@@ -123,8 +123,8 @@ def clipped_grad(
 
     The norms come from the same backward pass as the sum. Until they are known, a layer's inputs
     and cotangents are kept, and multiplied twice; or its samples' gradients, where those take no
-    more memory (rows * (inputs + outputs) numbers a sample, against inputs * outputs). Where nothing
-    traces, the backward pass has begun when the call returns.
+    more memory (rows * (inputs + outputs) numbers a sample, against inputs * outputs).
+    Where nothing traces, the backward pass has begun when the call returns.
 
     Example:
         >>> import mlx.core as mx
