@@ -5,8 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from test_threads import alone
 
-from mlxshim import NoBatchingRule, PerformanceWarning, custom_vmap, grad, vmap, while_loop
+from mlxshim import NoBatchingRule, PerformanceWarning, grad, vmap, while_loop
 from mlxshim.core.versions import MLX
 from mlxshim.nn import fisher_diagonal, gradient_features
 from mlxshim.transforms import _chunks, _loops
@@ -209,53 +210,67 @@ def test_the_callers_own_errors_in_a_later_chunk_are_not_looped(bad):
         vmap(f, chunk_size=2)(mx.ones((7, 3)))
 
 
-@LATE
-@pytest.mark.parametrize("bad", range(7))
-def test_what_fails_on_the_way_is_raised(bad):
-    """In a thread of MLX's, while the next chunk is traced."""
-    x = (
-        mx.broadcast_to(mx.eye(3), (7, 3, 3))
-        * mx.array([float(i != bad) for i in range(7)])[:, None, None]
-    )
-    with pytest.raises(RuntimeError, match="LU factorization failed"):
+# In a process of their own: MLX forgets a task when it raises the error of another while it starts
+# it, and after some of those waits for ever (docs/mlx-issues.md).
+
+WHAT_FAILS = """
+import mlx.core as mx
+from mlxshim import vmap
+
+for bad in range(7):
+    x = mx.broadcast_to(mx.eye(3), (7, 3, 3))
+    x = x * mx.array([float(i != bad) for i in range(7)])[:, None, None]
+    try:
         vmap(lambda x: mx.linalg.inv(x, stream=mx.cpu), chunk_size=2)(x)
+        print("nothing")
+    except RuntimeError as e:
+        print(e)
     mx.eval(mx.ones(3) + 1)
+"""
 
 
-def evaluates_in_a_rule():
-    """An operation whose rule evaluates something."""
+@LATE
+def test_what_fails_on_the_way_is_raised():
+    """In a thread of MLX's, while the next chunk is traced."""
+    said = alone(WHAT_FAILS).splitlines()
+    assert len(said) == 7 and all("LU factorization failed" in line for line in said), said
 
-    @custom_vmap
-    def op(x):
-        return x * 2
 
-    @op.def_vmap
-    def _(size, mapped, x):
-        mx.synchronize()
-        mx.eval(mx.ones(3) + 1)
-        return x * 2, True
+WHAT_A_TRACE_MEETS = """
+import mlx.core as mx
+from mlxshim import custom_vmap, vmap
 
-    return op
+@custom_vmap
+def in_a_rule(x):
+    return x * 2
 
+@in_a_rule.def_vmap
+def _(size, mapped, x):
+    mx.synchronize()
+    mx.eval(mx.ones(3) + 1)
+    return x * 2, True
 
 def evaluates(x):
     mx.synchronize()
     mx.eval(mx.ones(3) + 1)
     return x * 2
 
+x = mx.concatenate([mx.zeros((1, 3, 3)), mx.broadcast_to(mx.eye(3), (3, 3, 3))])
+for evaluating in (in_a_rule, evaluates, vmap(evaluates)):
+    try:
+        vmap(lambda x: evaluating(mx.linalg.inv(x, stream=mx.cpu)), chunk_size=2)(x)
+        print("nothing")
+    except RuntimeError as e:
+        print(e)
+    mx.eval(mx.ones(3) + 1)
+"""
+
 
 @LATE
-@pytest.mark.parametrize("evaluating", [evaluates_in_a_rule(), evaluates, vmap(evaluates)])
-def test_the_error_of_a_chunk_that_a_trace_meets_is_raised(evaluating):
+def test_the_error_of_a_chunk_that_a_trace_meets_is_raised():
     """MLX raises it once, where something is evaluated next. Nothing is to be mended there."""
-
-    def f(x):
-        return evaluating(mx.linalg.inv(x, stream=mx.cpu))
-
-    x = mx.concatenate([mx.zeros((1, 3, 3)), mx.broadcast_to(mx.eye(3), (3, 3, 3))])
-    with pytest.raises(RuntimeError, match="LU factorization failed"):
-        vmap(f, chunk_size=2)(x)
-    mx.eval(mx.ones(3) + 1)
+    said = alone(WHAT_A_TRACE_MEETS).splitlines()
+    assert len(said) == 3 and all("LU factorization failed" in line for line in said), said
 
 
 @pytest.mark.parametrize("fallback", ["loop", "error"])
