@@ -229,13 +229,6 @@ for bad in range(7):
 """
 
 
-@LATE
-def test_what_fails_on_the_way_is_raised():
-    """In a thread of MLX's, while the next chunk is traced."""
-    said = alone(WHAT_FAILS).splitlines()
-    assert len(said) == 7 and all("LU factorization failed" in line for line in said), said
-
-
 WHAT_A_TRACE_MEETS = """
 import mlx.core as mx
 from mlxshim import custom_vmap, vmap
@@ -267,10 +260,11 @@ for evaluating in (in_a_rule, evaluates, vmap(evaluates)):
 
 
 @LATE
-def test_the_error_of_a_chunk_that_a_trace_meets_is_raised():
-    """MLX raises it once, where something is evaluated next. Nothing is to be mended there."""
-    said = alone(WHAT_A_TRACE_MEETS).splitlines()
-    assert len(said) == 3 and all("LU factorization failed" in line for line in said), said
+@pytest.mark.parametrize("program, count", [(WHAT_FAILS, 7), (WHAT_A_TRACE_MEETS, 3)])
+def test_what_fails_in_a_thread_of_mlx_is_raised(program, count):
+    """While the next chunk is traced; MLX raises it once, where something is evaluated next."""
+    said = alone(program).splitlines()
+    assert len(said) == count and all("LU factorization failed" in line for line in said), said
 
 
 @pytest.mark.parametrize("fallback", ["loop", "error"])

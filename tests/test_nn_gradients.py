@@ -508,5 +508,5 @@ def test_widths_whose_norm_mlx_differentiates_wrongly(width, inner):
     x = mx.random.normal((5, 2, 4))
     losses, grads = per_sample_value_and_grad(known, loss)(known, x)
     want = loop(plain, loss, (x,))
-    close(losses, want[0], 1e-3)
-    close_trees(grads, want[1], 1e-3)
+    close(losses, want[0], 1e-4)
+    close_trees(grads, want[1], 1e-4)

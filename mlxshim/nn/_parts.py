@@ -89,9 +89,6 @@ class Run:
                 found[id(p)] = mx.reshape(one, p.value.shape)
         for p in large:
             w = weight_of[id(p)]
-            if not p.products and not p.lookups:  # nothing is held besides
-                found[id(p)] = weighted_sum(p, w, halves[id(w)])
-                continue
             work = functools.partial(weighted_sum, weights=w, halves=halves[id(w)])
             found[id(p)] = turns.take(_bytes_weighed(p), p, work)
         return [found[id(p)] for p in self.parameters]
@@ -129,11 +126,13 @@ class Run:
         ]
         share = sum(x.nbytes for some in parts for x in some) // SHARES
         taken: list[mx.array] = []
+        nbytes = 0
         for some in parts:
             taken += some
-            if sum(x.nbytes for x in taken) > share:
+            nbytes += sum(x.nbytes for x in some)
+            if nbytes > share:
                 yield taken
-                taken = []
+                taken, nbytes = [], 0
         yield taken
 
     def _turns(self) -> _Turns:
@@ -310,16 +309,11 @@ def _sums_of_squares(x: mx.array) -> mx.array:
 
 def _row(dtype: mx.Dtype, size: int) -> int:
     """How many squares one product adds up; 0 where they are written out."""
-    return _row_on(_devices.gpu(), dtype, size)
-
-
-@functools.lru_cache(maxsize=1024)
-def _row_on(gpu: bool, dtype: mx.Dtype, size: int) -> int:
-    if not gpu:
+    if not _devices.gpu():
         return size // 128 if dtype == mx.float32 and size % 1024 == 0 else 0
     if dtype not in (mx.bfloat16, mx.float32):
         return 0
-    # One warp reads a row: long ones are read as fast as memory allows.
+    # One warp reads a row (mlx/backend/cuda/gemms/gemv.cu).
     return next((row for row in (4096, 2048, 1024) if size % row == 0 and size >= 64 * row), 0)
 
 

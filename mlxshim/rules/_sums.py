@@ -16,8 +16,8 @@ def sums_of_rows(x: mx.array) -> mx.array:
         return x
     if x.dtype not in HALVES or not _devices.gpu():
         return mx.sum(x, axis=tuple(range(1, x.ndim - 1)))
-    # CUDA adds columns up slowly, and in half precision (mlx/backend/cuda/reduce/col_reduce.cu);
-    # a product accumulates in float32.
+    # CUDA adds columns up in half precision (mlx/backend/cuda/reduce/col_reduce.cu); a product
+    # accumulates in float32.
     rows = mx.flatten(x, 1, -2)
     return mx.squeeze(mx.matmul(_ones(rows.shape[1], x.dtype), rows), 1)
 

@@ -27,6 +27,7 @@ from ..core.errors import ConcretizationError, NoBatchingRule
 from ..core.interception import in_place
 from ..core.opaque import copies, opaque_node
 from ..core.primitive import Arrays, Axes, Node
+from ..core.tracers import in_trace
 from . import _chunks
 
 # Values, masks ---------------------------------------------------------------------------------
@@ -283,7 +284,5 @@ def settle(*arrays: mx.array) -> None:
     In no transform: MLX runs a checkpointed function again when all levels are over, and what is
     evaluated then may be lost to a derivative.
     """
-    if not levels.active() and not in_place():
-        # In mx.compile nothing can be, and nothing is lost.
-        with contextlib.suppress(ValueError):
-            mx.eval(*arrays)
+    if not in_place() and not in_trace():
+        mx.eval(*arrays)
