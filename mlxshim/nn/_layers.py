@@ -10,7 +10,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ._tape import Tape, running
+from ._nodes import running
+from ._tape import Tape
 
 
 def _linear(tape: Tape, layer: Any, x: mx.array) -> mx.array | None:

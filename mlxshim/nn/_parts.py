@@ -33,7 +33,8 @@ from ..core.tracers import in_trace
 from ..rules import _devices
 from ..rules._dtypes import HALVES
 from ..transforms import _chunks
-from ._tape import Pair, Parameter, on_gpu, product_gradient
+from ._nodes import product_gradient
+from ._tape import Pair, Parameter, on_gpu
 
 #: What norms and weighted sums may hold at a time: this share of what is kept, or these bytes. (A
 #: GPU is given several turns ahead, and none of their memory is free before it has done them.)

@@ -15,7 +15,7 @@ from ..transforms import _chunks
 from ..transforms._mapping import Inputs
 from ..transforms.autodiff import value_and_grad
 from ..transforms.vmap import vmap
-from . import _layers, _parts, _state, _tape
+from . import _layers, _nodes, _parts, _state, _tape
 
 Loss = Callable[..., Any]
 
@@ -53,7 +53,7 @@ class Traces:
 
 def _one(parameters: list[mx.array], arrays: list[mx.array]) -> Any:
     """The loss of one sample, as the tape that runs has it."""
-    tape = _tape.running()
+    tape = _nodes.running()
     assert tape is not None
     return tape.sample(parameters, arrays)
 
@@ -122,13 +122,13 @@ class Samples:
         run, tape = self._recorded(arrays, size, self.layout.by_copies)
         if tape.surprised:
             run, tape = self._recorded(arrays, size, None)
-        self.layout.by_copies = (self.layout.by_copies or set()) | tape.by_copies
+        self.layout.by_copies = (self.layout.by_copies or set()) | tape.by_copies()
         return run
 
     def _recorded(
         self, arrays: list[mx.array], size: int, by_copies: set[int] | None
     ) -> tuple[_parts.Run, _tape.Tape]:
-        tape = _tape.Tape(self.places.unique, size, _tape.depth(), by_copies)
+        tape = _tape.Tape(self.places.unique, size, _nodes.depth(), by_copies)
         mapped = self.traces.of(self.inputs.axes)
         results: list[Any] = []
 
