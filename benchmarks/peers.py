@@ -8,7 +8,9 @@ GPU where the task is a transformer's, else float32; on a CPU smaller, and one t
 
 Each contender runs in a process of its own, and in a new one after a crash. The run is over after
 `--minutes`: no contender may take more than half of what is left, no task more than `--patience`.
-Every result is in the file as soon as it is there.
+Every result is in the file as soon as it is there. With `--warm` every task of MLX's contenders is
+called once before anything is timed, many at a time: on CUDA, where MLX compiles a kernel for
+seconds and finds it on the disk afterwards.
 
 `alone` is the median of single calls, synchronised, and `best` the least of them, of which the
 ratios are; on a CPU they are of `own`, the median of the process's time on all its threads, which
@@ -21,6 +23,7 @@ sketch of the results with the loop's. A framework that is not installed is said
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -32,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ._program import announce, command_line, pyplot, save
@@ -45,6 +49,7 @@ CONTENDERS = {
     "jax": "jax",
     "MLX by hand": "mlx",
     "mlxshim, compiled": "mlx",
+    "MLX by hand, compiled": "mlx",
     "mx.vmap": "mlx",
 }
 #: Shares of the time: imports and XLA's compilation take more than MLX's start.
@@ -69,6 +74,8 @@ def work(contender: str, tasks: list[str], seconds: float) -> None:
             out = runner.launch()
             runner.wait(out)
             row["first_s"] = time.perf_counter() - begin
+            if not seconds:
+                continue
             row["sketch"] = _tasks.sketch(runner.numpy(out))
             size = runner.bytes(out)
             del out
@@ -120,6 +127,19 @@ def environment() -> dict[str, str]:
     flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {flags}".strip()
     return env
+
+
+def warm(names: list[str], tasks: list[str], patience: float) -> None:
+    """Call every task of MLX's contenders once, as many at a time as there are processors."""
+    pairs = [(name, task) for task in tasks for name in names if CONTENDERS[name] == "mlx"]
+
+    def call(pair: tuple[str, str]) -> None:
+        command = worker(pair[0], [pair[1]], 0.0)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # said when its turn has come
+            subprocess.run(command, capture_output=True, env=environment(), timeout=patience)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(call, pairs))
 
 
 def worker(contender: str, tasks: list[str], seconds: float) -> list[str]:
@@ -282,6 +302,7 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--minutes", type=float, default=3.0, help="at most, the start-up included")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds for one task")
+    parser.add_argument("--warm", action="store_true", help="compile all kernels before")
     parser.add_argument("--only", default="", help="tasks, or beginnings of their names; by ;")
     parser.add_argument("--contenders", default=";".join(CONTENDERS), help="separated by ;")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -301,6 +322,8 @@ def main() -> None:
         parser.error(f"the tasks are {list(_tasks.CPU_SIZES)}, the contenders {list(CONTENDERS)}")
     about = announce("peers", versions())
     deadline = time.perf_counter() + options.minutes * 60
+    if options.warm:
+        warm(names, tasks, options.patience)
     rows: list[dict[str, Any]] = []
     loops: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(names):
