@@ -87,11 +87,6 @@ def always(compiled: Callable[..., R]) -> Callable[..., R]:
     return call
 
 
-def one_kernel(fun: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """`fun`, of arrays elementwise, compiled: inside a vmap, too."""
-    return fun if THREAD_CACHE_BUG else always(mx.compile(fun))
-
-
 def after_fork() -> None:
     """In a child process, where the thread that forked is the only one."""
     global _lock

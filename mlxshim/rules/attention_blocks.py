@@ -30,10 +30,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from ..core import compilation
 from ..core.opaque import after
 from . import _devices
-from ._constants import constant
 from .attention_plain import FLOOR
 
 #: Query rows of a block, its keys, and its bytes in all heads together: on a CPU those that its
@@ -95,9 +93,6 @@ class _Call:
         #: Whether a row may see nothing: then its weights are uniform, and constant.
         self.blind = (causal and self.offset < 0) or (has_mask and rest[0].dtype == mx.bool_)
         self._pasts: dict[tuple[int, int, int], mx.array] = {}
-        gpu = _devices.gpu()
-        self.weights = _weights_in_one if gpu else _weights
-        self.d_of_weights = _d_of_weights_in_one if gpu else _d_of_weights
 
     def grouped(self, x: mx.array) -> mx.array:
         """(B, H, L, D) -> (B, Hkv, G, L, D)"""
@@ -154,14 +149,19 @@ class _Call:
         """(b, h, G * r, c), masked."""
         s = q @ mx.swapaxes(self.of_keys(self.k, part, keys), -1, -2)
         hidden = self.causal and keys[1] - 1 > rows[0] + self.offset
-        floor = constant(self.floor, self.dtype)
+        if not hidden and self.mask is None:
+            return s
+        shape = s.shape
+        s = mx.unflatten(s, 2, (self.group, -1))
         if self.mask is not None:
-            shape = s.shape
-            s = mx.unflatten(s, 2, (self.group, -1))
             mask = self._mask(part, rows, keys)
-            s = mx.where(mask, s, floor) if mask.dtype == mx.bool_ else s + mask.astype(self.dtype)
-            s = mx.reshape(s, shape)
-        return mx.where(self._past(rows, keys), s, floor) if hidden else s
+            if mask.dtype == mx.bool_:
+                s = mx.where(mask, s, mx.array(self.floor, self.dtype))
+            else:
+                s = s + mask.astype(self.dtype)
+        if hidden:
+            s = mx.where(self._past(rows, keys), s, mx.array(self.floor, self.dtype))
+        return mx.reshape(s, shape)
 
     def _mask(self, part: Part, rows: Span, keys: Span) -> mx.array:
         assert self.mask is not None
@@ -176,11 +176,11 @@ class _Call:
         ]
 
     def _past(self, rows: Span, keys: Span) -> mx.array:
-        """(G * r, c): which keys each row sees; the same for all that lie alike to the diagonal."""
+        """Which keys each row sees; the same for all blocks that lie alike to the diagonal."""
         first, r, c = rows[0] + self.offset - keys[0], rows[1] - rows[0], keys[1] - keys[0]
         if (first, r, c) not in self._pasts:
-            last = mx.tile(mx.arange(first, first + r), self.group)
-            self._pasts[first, r, c] = mx.expand_dims(last, 1) >= mx.arange(c)
+            last = mx.expand_dims(mx.arange(first, first + r), 1)
+            self._pasts[first, r, c] = last >= mx.arange(c)
         return self._pasts[first, r, c]
 
     def together(self, pieces: list[mx.array]) -> mx.array:
@@ -197,22 +197,6 @@ class _Call:
 
 def _join(blocks: list[mx.array], axis: int) -> mx.array:
     return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=axis)
-
-
-# What is done with each score ------------------------------------------------------------------
-
-
-def _weights(s: mx.array, t: mx.array) -> mx.array:
-    return mx.exp(s - t)
-
-
-def _d_of_weights(e: mx.array, c: mx.array, d: mx.array) -> mx.array:
-    return e * (c - d)
-
-
-# On a GPU the time is that of reading and writing scores: each of these reads them once.
-_weights_in_one = compilation.one_kernel(_weights)
-_d_of_weights_in_one = compilation.one_kernel(_d_of_weights)
 
 
 # The passes ------------------------------------------------------------------------------------
@@ -236,7 +220,7 @@ def forward(*arrays: mx.array, **static: Any) -> list[mx.array]:
                 # The floor, so that in a block of nothing but -inf all weights are zero.
                 best = mx.maximum(mx.max(s, axis=-1, keepdims=True), call.floor)
                 best = best if top is None else mx.maximum(top, best)
-                e = call.weights(s, best)
+                e = mx.exp(s - best)
                 z, o = mx.sum(e, axis=-1, keepdims=True), e @ call.of_keys(call.v, part, keys)
                 if top is not None and total is not None:
                     shrunk = mx.exp(top - best)
@@ -345,9 +329,8 @@ class _Backward(_Call):
         """q and dO / z, which waited for `done`; e and dS of a block."""
         *waiting, d, t = of_rows
         q, c, seen = after(list(waiting), done)
-        e = self.weights(self.scores(q, part, rows, keys), t)
-        of_weights = seen @ mx.swapaxes(self.of_keys(self.v, part, keys), -1, -2)
-        return q, c, e, self.d_of_weights(e, of_weights, d)
+        e = mx.exp(self.scores(q, part, rows, keys) - t)
+        return q, c, e, e * (seen @ mx.swapaxes(self.of_keys(self.v, part, keys), -1, -2) - d)
 
 
 def _grown(sum_: mx.array | None, term: mx.array) -> mx.array:
