@@ -204,8 +204,10 @@ class _Nodes:
             if parameter is not None:
                 cotangent = parameter.in_order(cotangent)
                 parameter.add_scale(fused(x, None), cotangent)
-                # By the norm alone: with a weight MLX would add its gradient up, too.
-                (dx,) = backward(x, None, (cotangent * weight).astype(x.dtype))
+                if norms.takes_weight(name):
+                    dx = of_both(x, weight, cotangent)[0]
+                else:
+                    (dx,) = backward(x, None, (cotangent * weight).astype(x.dtype))
                 return [dx, weight, seed]
             return [*of_both(x, weight, cotangent), mx.zeros_like(seed)]
 

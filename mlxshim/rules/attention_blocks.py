@@ -13,7 +13,9 @@ Backward, from the t and z of each row, with d = rowsum(dO * O), for each block
     dv += e^T (dO / z)     dq += scale * dS k     dk += scale * dS^T q
 
 A sink is where t and z begin: t = sink, z = 1. Blocks that a causal mask hides whole are left out.
-Sums are of float32 (float64 for float64 arguments).
+Where a block has all the keys of its rows, and there is no sink, e / z is MLX's softmax, forward
+and backward: one kernel that reads the scores once. Sums are of float32 (float64 for float64
+arguments).
 
 The graph is lazy: blocks that do not depend on each other would all be begun before one of them is
 done with. So the query rows of a block wait for what the block before it returns.
@@ -34,10 +36,11 @@ from ..core.opaque import after
 from . import _devices
 from .attention_plain import FLOOR
 
-#: Query rows of a block, its keys, and its bytes in all heads together: on a CPU those that its
-#: cache holds, on a GPU enough work for a kernel.
+#: Query rows of a block at most, its keys, and its bytes in all heads together: on a CPU those that
+#: its cache holds, on a GPU enough work for a kernel. There it is wide, for the softmax of whole
+#: rows, and has as many rows as make up so many bytes of one K/V head.
 ROWS, KEYS, BYTES = 256, 512, 4 << 20
-ROWS_GPU, KEYS_GPU, BYTES_GPU = 1024, 1024, 256 << 20
+ROWS_GPU, KEYS_GPU, BYTES_GPU, BYTES_OF_HEAD = 512, 8192, 256 << 20, 32 << 20
 
 Part = tuple[slice, slice]  # sequences, K/V heads
 Span = tuple[int, int]
@@ -62,7 +65,10 @@ def tiles(q: mx.array, k: mx.array) -> Tiles:
     group = heads // kv_heads
     gpu = _devices.gpu()
     r, c, size = (ROWS_GPU, KEYS_GPU, BYTES_GPU) if gpu else (ROWS, KEYS, BYTES)
-    rows, columns = min(length, r), min(keys, c)
+    columns = min(keys, c)
+    if gpu:
+        r = min(r, max(128, BYTES_OF_HEAD // (4 * group * columns) // 128 * 128))
+    rows = min(length, r)
     room = max(1, size // 4 // max(1, rows * group * columns))  # for so many K/V heads
     if room < kv_heads:
         return Tiles(1, room, rows, columns)
@@ -120,6 +126,10 @@ class _Call:
             end = rows[1] + self.offset
         for j in range(0, end, self.tiles.keys):
             yield j, min(j + self.tiles.keys, end)
+
+    def whole(self, rows: Span) -> bool:
+        """Whether one block has all the keys of these rows."""
+        return self.sinks is None and len(list(self.keys(rows))) == 1
 
     def stacked(self, x: mx.array, part: Part, rows: Span) -> mx.array:
         """The rows of one block, those of all the queries of a group: (b, h, G * r, D)."""
@@ -209,6 +219,12 @@ def forward(*arrays: mx.array, **static: Any) -> list[mx.array]:
     for part in call.parts():
         for rows in call.rows():
             q = call.queries(part, rows)
+            if call.whole(rows):
+                out, top, total = _whole(call, q, part, rows, outs[-1:])
+                outs.append(out.astype(call.dtype_of_q))
+                tops.append(top)
+                totals.append(total)
+                continue
             top = total = out = None
             if call.sinks is not None:
                 top = call.sink_of_rows(part, rows)
@@ -233,6 +249,21 @@ def forward(*arrays: mx.array, **static: Any) -> list[mx.array]:
             tops.append(mx.broadcast_to(top, total.shape))
             totals.append(total)
     return [call.together(x) for x in (outs, tops, totals)]
+
+
+def _whole(
+    call: _Call, q: mx.array, part: Part, rows: Span, done: list[mx.array]
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The attention of rows to all of their keys, t and z."""
+    (keys,) = call.keys(rows)
+    (q,) = after([q], done)
+    s = call.scores(q, part, rows, keys)
+    out = mx.softmax(s, axis=-1) @ call.of_keys(call.v, part, keys)
+    top = mx.logsumexp(s, axis=-1, keepdims=True)  # log z is in it, unless the floor swallows that
+    total = mx.ones_like(top)
+    if call.blind:
+        total = mx.where(top > call.floor, total, mx.array(s.shape[-1], total.dtype))
+    return out, top, total
 
 
 def backward(*arrays: mx.array, **static: Any) -> list[mx.array]:
@@ -310,9 +341,11 @@ class _Backward(_Call):
         self.cotangent = self.grouped(cotangent)
 
     def of_rows(self, part: Part, rows: Span) -> tuple[mx.array, ...]:
-        """Of a block of rows: q, dO / z (for dv, and for dS), d / z, t."""
+        """Of a block of rows: q, dO / z (for dv, and for dS), d / z, t; z is 1 if it is whole."""
         q, t = self.queries(part, rows), self.stacked(self.top, part, rows)
-        c = self.stacked(self.cotangent, part, rows) / self.stacked(self.total, part, rows)
+        c = self.stacked(self.cotangent, part, rows)
+        if not self.whole(rows):
+            c = c / self.stacked(self.total, part, rows)
         # Where nothing is seen the weights are uniform, and no score had a part in that.
         seen = c * (t > self.floor).astype(c.dtype) if self.blind else c
         d = mx.sum(seen * self.stacked(self.out, part, rows), axis=-1, keepdims=True)
@@ -329,7 +362,8 @@ class _Backward(_Call):
         """q and dO / z, which waited for `done`; e and dS of a block."""
         *waiting, d, t = of_rows
         q, c, seen = after(list(waiting), done)
-        e = mx.exp(self.scores(q, part, rows, keys) - t)
+        s = self.scores(q, part, rows, keys)
+        e = mx.softmax(s, axis=-1) if self.whole(rows) else mx.exp(s - t)
         return q, c, e, e * (seen @ mx.swapaxes(self.of_keys(self.v, part, keys), -1, -2) - d)
 
 

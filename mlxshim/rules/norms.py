@@ -129,6 +129,16 @@ def backward(
     return _fused_vjp(*given, name=name, weighted=weight is not None, eps=eps)
 
 
+def takes_weight(name: str) -> bool:
+    """Whether dx of rows that share a weight is sooner there with it than by c * weight first.
+
+    MLX adds up the weight's gradient over all rows, too, which nobody asks for. The kernel of
+    rms_norm does that on the way, and the one without a weight is an older, slower one (CUDA); that
+    of layer_norm writes c * n(x) out and reads it and c again.
+    """
+    return name == "rms_norm"
+
+
 # The rules -------------------------------------------------------------------------------------
 
 
@@ -161,9 +171,11 @@ def _batch_vjp(
     xs, cotangents = front(x, axes[0], size), front(cotangent, axes[-1], size)
     if not weighted:
         return norm_vjp(xs, cotangents, weighted=False, **form), [0]
-    # By the norm alone: with a weight MLX would add its gradient up over all rows, too.
-    weighed = cotangents * _beside(weight[0], axes[1], rows)
-    dx = norm_vjp(xs, weighed, weighted=False, **form)[0]
+    if axes[1] is None and takes_weight(form["name"]):
+        dx = norm_vjp(xs, weight[0], cotangents, weighted=True, **form)[0]
+    else:
+        weighed = cotangents * _beside(weight[0], axes[1], rows)
+        dx = norm_vjp(xs, weighed, weighted=False, **form)[0]
     normalised = norm(x if axes[0] is None else xs, weighted=False, **form)[0]
     return [dx, sums_of_rows(cotangents * normalised)], [0, 0]
 
