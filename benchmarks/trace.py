@@ -6,7 +6,8 @@ Milliseconds of Python and C++ from the call to the unevaluated result, the leas
 vmap(f), vmap(grad(f)), and both under `mx.compile` after its first call; and the nodes of the graph
 that is then evaluated, those that only view an array another way counted apart: where a function
 gives its sample a batch dimension of one, MLX's own vmap flattens each matmul twice, for that one
-and for the mapped one. Contenders: the batch written by hand, mlxshim, `mx.vmap`.
+and for the mapped one. mlxshim does so too, but not under `mx.compile`: what it costs to trace is
+paid once there. Contenders: the batch written by hand, mlxshim, `mx.vmap`.
 
 Rules depend on the device: on a CPU attention and norms are MLX's own operations, on a GPU nodes of
 ours that end in fused calls. `--path gpu` traces the second on any machine, by answering "is this a

@@ -36,15 +36,15 @@ _threads: set[int] = set()
 _wanted = True
 
 
-def switch_off() -> None:
-    """Off while this thread traces a vmap; the user's own switch is respected."""
+def switch_off(known: bool = False) -> None:
+    """Off while this thread traces a vmap; the user's switch, maybe `known` to be on, is kept."""
     global _wanted
     here = _get_ident()
     with _lock:
         if _threads:
             _threads.add(here)
             return
-        _wanted = _is_on()
+        _wanted = known or is_on()
         _threads.add(here)
         if _wanted:
             _disable()
@@ -98,10 +98,14 @@ def after_fork() -> None:
             _enable()
 
 
-def _is_on() -> bool:
+def in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def is_on() -> bool:
     # There is no getter: a compiled function that has been called before is not called again.
     probe = _probe
-    if THREAD_CACHE_BUG and threading.current_thread() is not threading.main_thread():
+    if THREAD_CACHE_BUG and not in_main_thread():
         probe = mx.compile(_note)
     probe()
     if not _calls:

@@ -28,7 +28,8 @@ class VmapLevel:
     """What rules and collectives may ask of one active vmap."""
 
     __slots__ = (
-        *("axis_name", "calls", "depth", "mapped", "plan", "randomness", "size", "ties", "used"),
+        *("axis_name", "calls", "compiles", "depth", "kept", "mapped", "plan", "randomness"),
+        *("size", "ties", "used"),
     )
 
     def __init__(
@@ -45,6 +46,10 @@ class VmapLevel:
         #: A tracer of this level that is mapped for certain: one of its inputs. None once the
         #: function has returned, and MLX maps what it recorded.
         self.mapped: mx.array | None = None
+        #: Whether this is the outermost level, and its graph is for more than one evaluation.
+        self.kept = False
+        #: Whether compilation is known to be on (`tracers.look_around`).
+        self.compiles = False
         #: How many vmap levels are around this one.
         self.depth = 0
         #: Whether a tangent that samples share is to be one of each sample's own.
@@ -104,6 +109,15 @@ def standing_in(fun: Callable[..., R]) -> Callable[..., R]:
 def active() -> list[Kind]:
     """The kinds of the active levels of this thread, outermost first. Not to be changed."""
     return _levels.stack
+
+
+def is_kept() -> bool:
+    """Whether the graph that is traced in this thread is for more than one evaluation.
+
+    Then the trace may take longer for a graph that is shorter.
+    """
+    vmaps = _levels.vmaps
+    return bool(vmaps) and vmaps[0].kept
 
 
 def differentiates() -> bool:
@@ -257,7 +271,7 @@ def in_vmap(
         calls[-1] = True
     local.running = running + 1
     if not running:
-        compilation.switch_off()
+        compilation.switch_off(level.compiles)
     local.stack.append("vmap")
     vmaps.append(level)
     try:

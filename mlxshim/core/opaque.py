@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from .levels import is_kept
 from .plans import placeholder
 from .primitive import Arrays, Axes, Node, full, mapped_size, several
 
@@ -54,22 +55,61 @@ def in_front(size: int, arrays: Arrays, axes: Axes) -> list[mx.array]:
     return [copies(x, size) if a is None else mx.moveaxis(x, a, 0) for x, a in zip(arrays, axes)]
 
 
-def another_node(x: mx.array) -> mx.array:
-    """`x` as a node of its own; no memory is written."""
-    return mx.transpose(x, tuple(range(x.ndim))) if x.ndim else x
+#: How many outputs one node is for: what it costs grows with their square.
+_GROUP = 8
 
 
-def once_each(outputs: Arrays) -> list[mx.array]:
+def once_each(outputs: list[mx.array]) -> list[mx.array]:
     """The outputs of what `mx.vmap` maps: it moves the axis of one that is there twice twice.
 
     Whether two are the same node cannot be asked, so one of a shape that was met is another.
     """
     shapes: set[tuple[int, ...]] = set()
-    found = []
-    for x in outputs:
-        found.append(another_node(x) if x.shape in shapes else x)
-        shapes.add(x.shape)
+    met: list[int] = []
+    for i, x in enumerate(outputs):
+        if x.shape in shapes:
+            met.append(i)
+        else:
+            shapes.add(x.shape)
+    if not met:
+        return outputs
+    found = list(outputs)
+    if not is_kept():
+        for i in met:
+            found[i] = _turned(found[i])
+        return found
+    for start in range(0, len(met), _GROUP):
+        group = met[start : start + _GROUP]
+        for i, x in zip(group, _apart(*(outputs[i] for i in group))):
+            found[i] = x
     return found
+
+
+def _turned(x: mx.array) -> mx.array:
+    """`x` as a node of its own; no memory is written."""
+    return mx.transpose(x, tuple(range(x.ndim))) if x.ndim else x
+
+
+def _new_apart() -> Callable[..., Arrays]:
+    """Arrays as nodes of their own, of which nothing is left once they are mapped.
+
+    Such a node costs more to trace than a view does, and to evaluate.
+    """
+
+    def vmap(arrays: Arrays, axes: Axes) -> tuple[Arrays, list[int]]:
+        arrays, axes = several(arrays), several(axes)
+        size = mapped_size(arrays, axes)
+        outputs = [x if a is not None else copies(x, size) for x, a in zip(arrays, axes)]
+        return outputs, [a or 0 for a in axes]
+
+    node: Any = Node(lambda *xs: list(xs))
+    node.vjp(lambda primals, cotangents, outputs: list(several(cotangents)))
+    node.jvp(lambda primals, tangents: full(several(primals), several(tangents)))
+    node.vmap(vmap)
+    return node
+
+
+_apart = _new_apart()
 
 
 # In order --------------------------------------------------------------------------------------

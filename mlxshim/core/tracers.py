@@ -9,6 +9,7 @@ its cache for anything else (mlx/compile.cpp).
 from __future__ import annotations
 
 import functools
+import io
 import threading
 
 import mlx.core as mx
@@ -35,8 +36,10 @@ def _count(x: mx.array) -> mx.array:
 
 def is_tracer(x: mx.array) -> bool:
     """False only if no transform can be tracing `x`; nothing is evaluated."""
-    if levels.unmarked():
-        return True
+    return levels.unmarked() or _is_marked(x)
+
+
+def _is_marked(x: mx.array) -> bool:
     probe, key = _probe, (x.ndim, x.dtype)
     before = probe.calls
     _count(x)
@@ -70,3 +73,42 @@ def in_trace() -> bool:
     What is evaluated there is lost to a derivative around if one inside has taken its mark.
     """
     return bool(levels.active()) or is_tracer(_MARKED)
+
+
+# Graphs that are kept --------------------------------------------------------------------------
+
+
+_passes = [0]
+_PAIR, _ONE = mx.array([0.0, 0.0]), mx.array([0.0])
+
+
+@mx.compile
+def _pass(x: mx.array) -> mx.array:
+    _passes[0] += 1
+    return x
+
+
+def look_around(level: levels.VmapLevel, given: mx.array) -> None:
+    """Note in an outermost vmap's level whether `mx.compile` is around, which traces `given`.
+
+    A derivative of MLX's own around it looks the same, where it is one with respect to `given`.
+    What is compiled for any shapes is left to MLX: rules may look at those that they see.
+    """
+    if levels.active() or (compilation.THREAD_CACHE_BUG and not compilation.in_main_thread()):
+        return
+    before = _passes[0]
+    _pass(_MARKED)
+    if _passes[0] == before:  # from the cache, as mostly: nothing traces, and MLX compiles
+        level.compiles = True
+    elif compilation.is_on() and _is_marked(given) and not _is_shapeless():
+        level.kept = True
+
+
+def _is_shapeless() -> bool:
+    """Whether the outermost trace is one of `mx.compile(..., shapeless=True)`.
+
+    There what is broadcast depends on all that it meets (mlx/ops.cpp, `broadcast_arrays`).
+    """
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *mx.broadcast_arrays(_PAIR, _ONE))
+    return "StopGradient" in graph.getvalue()

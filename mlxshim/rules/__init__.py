@@ -24,7 +24,9 @@ from . import quantization as quantization
 from . import quantized as quantized
 from . import random as random
 from . import reading as reading
+from . import reshaping as reshaping
 from . import rolls as rolls
+from . import rows as rows
 from . import running as running
 from . import segmented as segmented
 from . import slices as slices

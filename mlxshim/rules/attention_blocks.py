@@ -65,10 +65,7 @@ def tiles(q: mx.array, k: mx.array) -> Tiles:
     group = heads // kv_heads
     gpu = _devices.gpu()
     r, c, size = (ROWS_GPU, KEYS_GPU, BYTES_GPU) if gpu else (ROWS, KEYS, BYTES)
-    columns = min(keys, c)
-    if gpu:
-        r = min(r, max(128, BYTES_OF_HEAD // (4 * group * columns) // 128 * 128))
-    rows = min(length, r)
+    rows, columns = min(length, r), min(keys, c)
     room = max(1, size // 4 // max(1, rows * group * columns))  # for so many K/V heads
     if room < kv_heads:
         return Tiles(1, room, rows, columns)

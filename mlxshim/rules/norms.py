@@ -40,7 +40,7 @@ from ._sums import sums_of_rows
 
 @intercept(mx.fast, "rms_norm")
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float, *, stream: Any = None) -> mx.array:
-    if "vmap" not in levels.active() or not _devices.gpu():
+    if "vmap" not in levels.active() or not (_devices.gpu() or levels.is_kept()):
         return original(mx.fast, "rms_norm")(x, weight, eps, stream=stream)
     return _bind("rms_norm", x, weight, None, eps, stream)
 
@@ -55,7 +55,8 @@ def layer_norm(
     stream: Any = None,
 ) -> mx.array:
     stack = levels.active()
-    if not _devices.gpu() or not ("vmap" in stack or ("grad" in stack and _has_tail(x))):
+    mapped = "vmap" in stack and (_devices.gpu() or levels.is_kept())
+    if not mapped and not ("grad" in stack and _has_tail(x)):
         return original(mx.fast, "layer_norm")(x, weight, bias, eps, stream=stream)
     return _bind("layer_norm", x, weight, bias, eps, stream)
 

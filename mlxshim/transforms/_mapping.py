@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
 
 from ..core import trees
 from ..core.errors import ArgumentError
-from ..core.opaque import another_node
+from ..core.opaque import once_each
 from ..core.primitive import Node
 from ._flat import Slot, is_number, is_numpy
 from ._structure import describe
@@ -216,13 +216,17 @@ class Outputs:
         if type(self.axes) is not int:
             self.axes[:] = axes
         self.taken = True
-        return arrays
+        return once_each(arrays)
 
     def take_plain(self, tree: Any) -> Any:
         """The outputs of a trace, in the tree of the function where MLX takes that as it is."""
         if type(self.spec) is int:
-            plain = _plain(tree, self.spec, set())
-            if plain is not None:
+            arrays: list[mx.array] = []
+            if _is_plain(tree, self.spec, arrays):
+                plain = tree
+                apart = once_each(arrays)
+                if apart is not arrays:
+                    plain = _with_leaves(tree, iter(apart))
                 self.tree, self.taken = _AS_IT_IS, True
                 return plain
         return self.take(tree)
@@ -298,7 +302,7 @@ class Outputs:
                 self.shared[len(arrays)] = leaf
                 leaf, axis = share(leaf, path), 0
             self._check_axis(leaf, axis, path)
-            arrays.append(another_node(leaf) if arrays else leaf)  # as in `_plain`
+            arrays.append(leaf)
             axes.append(axis)
             return Slot(len(arrays) - 1)
 
@@ -351,27 +355,27 @@ class Outputs:
 _AS_IT_IS = object()
 
 
-def _plain(tree: Any, axis: int, shapes: set[tuple[int, ...]]) -> Any:
-    """`tree`, if there is nothing in it but arrays that have a place for the mapped axis.
-
-    One of a shape that has been met, in `shapes`, is made another node: see `opaque.once_each`.
-    """
+def _is_plain(tree: Any, axis: int, arrays: list[mx.array]) -> bool:
+    """Whether there is nothing in `tree` but `arrays` that have a place for the mapped axis."""
     kind = type(tree)
     if kind is mx.array:
-        shape = tree.shape
-        if not -len(shape) - 1 <= axis <= len(shape):
-            return None
-        if shape in shapes:
-            return another_node(tree)
-        shapes.add(shape)
-        return tree
+        arrays.append(tree)
+        ndim = tree.ndim
+        return -ndim - 1 <= axis <= ndim
     if kind is dict:
-        values = [_plain(child, axis, shapes) for child in tree.values()]
-    elif kind is list or kind is tuple:
-        values = [_plain(child, axis, shapes) for child in tree]
-    else:
-        return None
-    return trees.rebuild(tree, values) if values and not any(x is None for x in values) else None
+        tree = tree.values()
+    elif kind is not list and kind is not tuple:
+        return False
+    return bool(tree) and all(_is_plain(child, axis, arrays) for child in tree)
+
+
+def _with_leaves(tree: Any, leaves: Iterator[mx.array]) -> Any:
+    """A plain tree around other arrays."""
+    kind = type(tree)
+    if kind is mx.array:
+        return next(leaves)
+    children = tree.values() if kind is dict else tree
+    return trees.rebuild(tree, [_with_leaves(child, leaves) for child in children])
 
 
 def _all_equal(x: mx.array, y: mx.array) -> bool:

@@ -16,6 +16,7 @@ from ..core.interception import intercepted
 from ..core.levels import VmapLevel, at_vmap, in_vmap, standing_in
 from ..core.plans import Plans
 from ..core.tangents import lacks_a_mapped_tangent, tying
+from ..core.tracers import look_around
 from . import _chunks
 from ._mapping import Inputs, MappedOutputError, Outputs, check_spec
 from ._plain import plain_axes, reach
@@ -101,6 +102,7 @@ def vmap(
                 outputs = Outputs(out_axes, named)
                 plan = plans.of((reach(args, path).shape, levels.sizes()))
                 level, run = VmapLevel(axis_name, size, randomness, plan), standing_in(fun)
+                look_around(level, reach(args, path))
 
                 def traced(*xs: Any) -> Any:
                     return outputs.take_plain(in_vmap(level, run, reach(xs, path), *xs))
@@ -130,6 +132,7 @@ def vmap(
                 if not loop:
                     plan = plans.of((arrays[0].shape, len(arrays), levels.sizes()))
                     level = VmapLevel(axis_name, size, randomness, plan)
+                    look_around(level, arrays[0])
                     outputs.taken = False
                     try:
                         parts.append(_batched(fun, inputs, arrays, outputs, level))
