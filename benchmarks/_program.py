@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 import sys
@@ -28,10 +29,13 @@ def command_line(about: str | None, *, png: bool = True) -> argparse.ArgumentPar
 def announce(name: str, machine: dict[str, Any], **settings: Any) -> dict[str, Any]:
     """What a result begins with, and the terminal is told: the command, the machine, settings.
 
-    The command is one for any machine: of a file elsewhere on this one it has the name.
+    The command is one for any machine: of a file elsewhere on this one it has the name. MLX's
+    switches in the environment are a part of it.
     """
     arguments = [re.sub(r"^(--\w+=)?/(?:.*/)?", r"\1", argument) for argument in sys.argv[1:]]
     command = shlex.join(["python", "-m", f"benchmarks.{name}", *arguments])
+    switches = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("MLX_")]
+    command = " ".join([*switches, command])
     found = {"command": command, **machine, **settings}
     print(json.dumps(found, default=str), flush=True)
     return found
