@@ -71,8 +71,10 @@ def test_a_command_of_a_benchmark_is_one_for_any_machine(monkeypatch):
 
     arguments = ["--only", "rms norm;cnn", "--json", "/tmp/a b/x.json", "--png=/tmp/x.png"]
     monkeypatch.setattr(sys, "argv", ["peers.py", *arguments, "--out", "docs/x"])
+    monkeypatch.setattr(os, "environ", {"PATH": "/bin", "MLX_ENABLE_TF32": "0"})
     said = announce("peers", {})["command"]
     assert said == (
+        "MLX_ENABLE_TF32=0 "
         "python -m benchmarks.peers --only 'rms norm;cnn' --json x.json --png=x.png --out docs/x"
     )
 
@@ -82,6 +84,21 @@ def test_the_page_of_performance_is_what_its_files_say():
 
     docs = ROOT / "docs"
     assert (docs / "performance.md").read_text("utf-8") == render(docs / "benchmarks")
+
+
+def test_peers_call_what_mlx_compiles_before_they_time_it(monkeypatch):
+    from benchmarks import peers
+
+    begun = []
+
+    def run(command, **options):
+        begun.append((command[command.index("--worker") + 1], command[-1]))
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", run)
+    peers.warm(["mlxshim", "jax", "mx.vmap"], ["cnn", "jacobian"], 1.0)
+    assert len(begun) == 4 and {name for name, _ in begun} == {"mlxshim", "mx.vmap"}
+    assert {seconds for _, seconds in begun} == {"0.0"}  # nothing is timed
 
 
 def test_a_framework_that_is_not_installed_is_not_waited_for(tmp_path, monkeypatch):
