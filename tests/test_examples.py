@@ -62,7 +62,7 @@ def test_all_benchmarks_write_one_page(tmp_path):
     run("-m", "benchmarks", "--quick", "--only", wanted, "--out", str(tmp_path / "results"))
     page = (tmp_path / "performance.md").read_text("utf-8")
     for name in wanted.split(","):
-        assert f"    python -m benchmarks.{name} " in page
+        assert f"python -m benchmarks.{name} " in page
     assert "](results/prefix-" in page
 
 
