@@ -129,14 +129,18 @@ def environment() -> dict[str, str]:
     return env
 
 
-def warm(names: list[str], tasks: list[str], patience: float) -> None:
-    """Call every task of MLX's contenders once, as many at a time as there are processors."""
+def warm(names: list[str], tasks: list[str], patience: float, end: float) -> None:
+    """Call every task of MLX's contenders once, as many at a time as there are processors.
+
+    What is not through with it at `end` compiles when its turn has come.
+    """
     pairs = [(name, task) for task in tasks for name in names if CONTENDERS[name] == "mlx"]
 
     def call(pair: tuple[str, str]) -> None:
-        command = worker(pair[0], [pair[1]], 0.0)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # said when its turn has come
-            subprocess.run(command, capture_output=True, env=environment(), timeout=patience)
+        command, left = worker(pair[0], [pair[1]], 0.0), min(patience, end - time.perf_counter())
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if left > 0:
+                subprocess.run(command, capture_output=True, env=environment(), timeout=left)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(call, pairs))
@@ -323,7 +327,7 @@ def main() -> None:
     about = announce("peers", versions())
     deadline = time.perf_counter() + options.minutes * 60
     if options.warm:
-        warm(names, tasks, options.patience)
+        warm(names, tasks, options.patience, deadline - options.minutes * 30)
     rows: list[dict[str, Any]] = []
     loops: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(names):

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -96,7 +97,15 @@ def test_peers_call_what_mlx_compiles_before_they_time_it(monkeypatch):
         raise subprocess.TimeoutExpired(command, options["timeout"])
 
     monkeypatch.setattr(subprocess, "run", run)
-    peers.warm(["mlxshim", "jax", "mx.vmap"], ["cnn", "jacobian"], 1.0)
+
+    def warm(seconds):
+        peers.warm(
+            ["mlxshim", "jax", "mx.vmap"], ["cnn", "jacobian"], 1.0, time.perf_counter() + seconds
+        )
+
+    warm(-1.0)
+    assert not begun  # the time is over
+    warm(60.0)
     assert len(begun) == 4 and {name for name, _ in begun} == {"mlxshim", "mx.vmap"}
     assert {seconds for _, seconds in begun} == {"0.0"}  # nothing is timed
 

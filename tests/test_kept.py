@@ -112,6 +112,49 @@ def test_the_switch_of_compilation_is_where_it_was(on):
         mx.enable_compile()
 
 
+@pytest.mark.parametrize("shapeless", [False, True])
+def test_what_has_unmapped_parts_is_exported(tmp_path, shapeless):
+    """MLX exports no custom function, which a node is that nothing has mapped."""
+    x, w = normal(4, 2, 3, 5), normal(5, 6)
+    c = normal(2, 3, 5)
+
+    def grads(x):
+        return mlxshim.grad(lambda x: mx.tanh(x @ w).reshape(-1).sum())(x)
+
+    for i, f in enumerate(
+        (
+            lambda x: mx.tanh(x) + c.reshape(3, 10).reshape(2, 3, 5),
+            lambda x: mx.tanh(x).sum() + c @ w,
+            lambda x: mx.tanh(x).sum() + mx.fast.rms_norm(c, None, 1e-5),
+            lambda x: (x, c, c, c),
+            grads,
+        )
+    ):
+        mapped = mlxshim.vmap(f)
+        mx.export_function(str(tmp_path / f"{i}"), mapped, x, shapeless=shapeless)
+        got, want = mx.import_function(str(tmp_path / f"{i}"))(x), mapped(x)
+        want = want if isinstance(want, tuple) else (want,)
+        assert len(got) == len(want) and all(same(y, z) for y, z in zip(got, want))
+
+
+def test_a_compiled_trace_takes_no_call_for_that_of_another(recwarn):
+    x, w, c = normal(4, 2, 3, 5), normal(5, 6), normal(2, 3, 5)
+
+    def f(x, shared):
+        a = c if shared else x
+        r, p = a.reshape(3, 10), a @ w
+        more = r.sum().item() + p.sum().item() if shared else 0
+        return r + more + x.reshape(3, 10), p
+
+    shared = [False]
+    g = mlxshim.vmap(lambda x: f(x, shared[0]))
+    for shared[0] in (False, False, False, False, True, True, False):
+        got = mx.compile(lambda x: g(x))(x)
+        want = [mx.stack(list(ys)) for ys in zip(*(f(y, shared[0]) for y in x))]
+        assert all(same(y, z) for y, z in zip(got, want))
+    assert not recwarn.list
+
+
 # Products --------------------------------------------------------------------------------------
 
 

@@ -107,14 +107,15 @@ def is_on() -> bool:
     probe = _probe
     if THREAD_CACHE_BUG and not in_main_thread():
         probe = mx.compile(_note)
-    probe()
-    if not _calls:
-        return True
-    _calls.clear()
-    probe()
-    on = not _calls
-    _calls.clear()
-    return on
+    with _lock:
+        probe()
+        if not _calls:
+            return True
+        _calls.clear()
+        probe()
+        on = not _calls
+        _calls.clear()
+        return on
 
 
 _calls: list[None] = []

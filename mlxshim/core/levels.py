@@ -272,6 +272,7 @@ def in_vmap(
     local.running = running + 1
     if not running:
         compilation.switch_off(level.compiles)
+        level.compiles = False  # known for once: the function may turn the switch
     local.stack.append("vmap")
     vmaps.append(level)
     try:

@@ -11,6 +11,7 @@ import mlx.core as mx
 from .levels import is_kept
 from .plans import placeholder
 from .primitive import Arrays, Axes, Node, full, mapped_size, several
+from .tracers import is_tracer
 
 
 def opaque_node(
@@ -74,12 +75,13 @@ def once_each(outputs: list[mx.array]) -> list[mx.array]:
     if not met:
         return outputs
     found = list(outputs)
-    if not is_kept():
-        for i in met:
+    # A node that nothing maps is left in the graph, which MLX could not export then.
+    apart = [i for i in met if is_tracer(outputs[i])] if is_kept() else []
+    for i in met:
+        if i not in apart:
             found[i] = _turned(found[i])
-        return found
-    for start in range(0, len(met), _GROUP):
-        group = met[start : start + _GROUP]
+    for start in range(0, len(apart), _GROUP):
+        group = apart[start : start + _GROUP]
         for i, x in zip(group, _apart(*(outputs[i] for i in group))):
             found[i] = x
     return found

@@ -102,6 +102,7 @@ def look_around(level: levels.VmapLevel, given: mx.array) -> None:
         level.compiles = True
     elif compilation.is_on() and _is_marked(given) and not _is_shapeless():
         level.kept = True
+        level.plan = None  # a trace that is made once has nothing to learn from, and may take long
 
 
 def _is_shapeless() -> bool:

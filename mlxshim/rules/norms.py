@@ -29,6 +29,7 @@ import mlx.core as mx
 from ..core import levels, native
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
+from ..core.tracers import is_tracer
 from . import _devices
 from ._constants import constant
 from ._folding import front
@@ -40,7 +41,7 @@ from ._sums import sums_of_rows
 
 @intercept(mx.fast, "rms_norm")
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float, *, stream: Any = None) -> mx.array:
-    if "vmap" not in levels.active() or not (_devices.gpu() or levels.is_kept()):
+    if not _is_ours(x):
         return original(mx.fast, "rms_norm")(x, weight, eps, stream=stream)
     return _bind("rms_norm", x, weight, None, eps, stream)
 
@@ -54,11 +55,16 @@ def layer_norm(
     *,
     stream: Any = None,
 ) -> mx.array:
-    stack = levels.active()
-    mapped = "vmap" in stack and (_devices.gpu() or levels.is_kept())
-    if not mapped and not ("grad" in stack and _has_tail(x)):
+    if not _is_ours(x) and not ("grad" in levels.active() and _has_tail(x)):
         return original(mx.fast, "layer_norm")(x, weight, bias, eps, stream=stream)
     return _bind("layer_norm", x, weight, bias, eps, stream)
+
+
+def _is_ours(x: mx.array) -> bool:
+    """Whether a vmap may map it where MLX has a kernel, or where the graph is kept."""
+    if "vmap" not in levels.active():
+        return False
+    return _devices.gpu() or (levels.is_kept() and is_tracer(x))
 
 
 def _bind(
