@@ -244,6 +244,12 @@ def test_reshapes(axis):
         mx.compile(mlxshim.vmap(lambda x: x.reshape(5, 5), axis))(x)
 
 
+def test_a_reshape_to_no_sizes_does_not_take_the_process_down():
+    assert same(mlxshim.vmap(lambda x: x.reshape() * 2)(mx.array([[1.0], [2.0]])), mx.array([2, 4]))
+    with pytest.raises(ValueError, match="reshape"):
+        mlxshim.vmap(lambda x: x.reshape())(mx.ones((2, 3)))
+
+
 def test_a_reshape_is_one_view():
     f = mx.compile(mlxshim.vmap(lambda x: mx.sin(x).reshape(2, 3)))
     assert operations(f(normal(4, 6))) == {"Sin": 1, "Reshape": 1}

@@ -1,9 +1,10 @@
-"""Reshapes, where the graph is kept.
+"""Reshapes: one view, where the graph is kept.
 
     reshape(x, shape)               samples are one more dimension in front
 
 MLX's batching rule moves the mapped axis to the front by a transpose, also where it is there. As a
-primitive a reshape of all samples is one view.
+primitive a reshape of all samples is one view. `x.reshape()`, kept or not, is one to no dimensions,
+as in JAX, where MLX dies of it.
 
 Source: mlx/primitives.cpp, `Reshape::vmap`.
 """
@@ -50,6 +51,8 @@ reshaped_cotangent = Opaque(
 def _reshaping(owner: Any) -> None:
     @intercept(owner, "reshape")
     def reshape(a: mx.array, *shape: Any, **options: Any) -> mx.array:
+        if owner is mx.array and not shape and not options:
+            shape = ((),)  # MLX reads past the end of no sizes
         out = original(owner, "reshape")(a, *shape, **options)
         if not levels.is_kept() or options or out.shape == a.shape:
             return out
