@@ -11,7 +11,7 @@ import mlx.core as mx
 from .levels import is_kept
 from .plans import placeholder
 from .primitive import Arrays, Axes, Node, full, mapped_size, several
-from .tracers import is_tracer
+from .tracers import is_marked
 
 
 def opaque_node(
@@ -76,7 +76,7 @@ def once_each(outputs: list[mx.array]) -> list[mx.array]:
         return outputs
     found = list(outputs)
     # A node that nothing maps is left in the graph, which MLX could not export then.
-    apart = [i for i in met if is_tracer(outputs[i])] if is_kept() else []
+    apart = [i for i in met if is_marked(outputs[i])] if is_kept() else []
     for i in met:
         if i not in apart:
             found[i] = _turned(found[i])

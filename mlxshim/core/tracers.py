@@ -36,10 +36,11 @@ def _count(x: mx.array) -> mx.array:
 
 def is_tracer(x: mx.array) -> bool:
     """False only if no transform can be tracing `x`; nothing is evaluated."""
-    return levels.unmarked() or _is_marked(x)
+    return levels.unmarked() or is_marked(x)
 
 
-def _is_marked(x: mx.array) -> bool:
+def is_marked(x: mx.array) -> bool:
+    """Whether a transform that has not lost its mark is tracing `x`."""
     probe, key = _probe, (x.ndim, x.dtype)
     before = probe.calls
     _count(x)
@@ -100,7 +101,7 @@ def look_around(level: levels.VmapLevel, given: mx.array) -> None:
     _pass(_MARKED)
     if _passes[0] == before:  # from the cache, as mostly: nothing traces, and MLX compiles
         level.compiles = True
-    elif compilation.is_on() and _is_marked(given) and not _is_shapeless():
+    elif compilation.is_on() and is_marked(given) and not _is_shapeless():
         level.kept = True
         level.plan = None  # a trace that is made once has nothing to learn from, and may take long
 

@@ -29,7 +29,7 @@ import mlx.core as mx
 from ..core import levels, native
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
-from ..core.tracers import is_tracer
+from ..core.tracers import is_marked
 from . import _devices
 from ._constants import constant
 from ._folding import front
@@ -64,7 +64,7 @@ def _is_ours(x: mx.array) -> bool:
     """Whether a vmap may map it where MLX has a kernel, or where the graph is kept."""
     if "vmap" not in levels.active():
         return False
-    return _devices.gpu() or (levels.is_kept() and is_tracer(x))
+    return _devices.gpu() or (levels.is_kept() and is_marked(x))
 
 
 def _bind(

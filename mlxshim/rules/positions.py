@@ -26,7 +26,7 @@ import mlx.core as mx
 from ..core import levels, native
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
-from ..core.tracers import is_tracer
+from ..core.tracers import is_marked
 from ..core.versions import TWO_TANGENTS_BUG
 from . import _devices
 from ._constants import constant
@@ -73,7 +73,7 @@ def _is_ours(a: mx.array) -> bool:
     stack = levels.active()
     if "vmap" not in stack:
         return False
-    return _devices.gpu() or (levels.is_kept() and "grad" not in stack and is_tracer(a))
+    return _devices.gpu() or (levels.is_kept() and "grad" not in stack and is_marked(a))
 
 
 def _raw(*args: Any, **kwargs: Any) -> mx.array:

@@ -18,8 +18,8 @@ import mlx.core as mx
 from ..core import levels
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
-from ._folding import front, may_be_mapped
-from ._opaque import Opaque
+from ..core.tracers import is_marked
+from ._folding import front
 
 
 def _raw(x: mx.array, *, shape: tuple[int, ...]) -> list[mx.array]:
@@ -35,17 +35,15 @@ def _batch(
 def _vjp(
     primals: Arrays, cotangents: Arrays, outputs: Arrays, *, shape: tuple[int, ...]
 ) -> list[mx.array]:
-    # Whether a cotangent is mapped nothing tells: a node that is mapped for certain.
-    return reshaped_cotangent(cotangents[0], shape=primals[0].shape)
+    return [_bound(cotangents[0], original(mx, "reshape")(cotangents[0], primals[0].shape))]
+
+
+def _bound(x: mx.array, out: mx.array) -> mx.array:
+    """A node that nothing maps is left in the graph, which MLX could not export then."""
+    return reshaped(x, shape=out.shape)[0] if is_marked(out) else out
 
 
 reshaped = Primitive("reshape", decomposition=_raw, lowering=_raw, batch=_batch, vjp=_vjp)
-reshaped_cotangent = Opaque(
-    "reshape_of_cotangent",
-    lowering=_raw,
-    batch=lambda size, arrays, axes, **static: _batch(size, arrays, axes, **static)[0],
-    vjp=_vjp,
-)
 
 
 def _reshaping(owner: Any) -> None:
@@ -56,8 +54,7 @@ def _reshaping(owner: Any) -> None:
         out = original(owner, "reshape")(a, *shape, **options)
         if not levels.is_kept() or options or out.shape == a.shape:
             return out
-        # A node that nothing maps is left in the graph, which MLX could not export then.
-        return reshaped(a, shape=out.shape)[0] if may_be_mapped(out) else out
+        return _bound(a, out)
 
 
 _reshaping(mx)

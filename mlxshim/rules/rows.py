@@ -19,11 +19,11 @@ import mlx.core as mx
 from ..core import levels, native
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
+from ..core.tracers import is_marked
 from ..core.versions import MLX
 from ._devices import within
 from ._dtypes import HALVES
-from ._folding import front, may_be_mapped
-from ._opaque import Opaque
+from ._folding import front
 
 
 def _serves(a: Any, b: Any) -> bool:
@@ -51,7 +51,7 @@ def _product(a: mx.array, b: mx.array) -> list[mx.array]:
 def _bound(a: mx.array, b: mx.array) -> mx.array:
     """A node that nothing maps is left in the graph, which MLX could not export then."""
     out = original(mx, "matmul")(a, b)
-    return rows(a, b)[0] if may_be_mapped(out) else out
+    return rows(a, b)[0] if is_marked(out) else out
 
 
 def _batch(size: int, arrays: Arrays, axes: Axes) -> tuple[list[mx.array], list[int]]:
@@ -65,21 +65,13 @@ def _batch(size: int, arrays: Arrays, axes: Axes) -> tuple[list[mx.array], list[
 def _vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> list[mx.array]:
     a, b = primals
     c = cotangents[0]
-    # Whether a cotangent is mapped nothing tells: a node that is mapped for certain.
-    da = rows_of_cotangent(c, mx.transpose(b))[0]
+    da = _bound(c, mx.transpose(b))
     if a.ndim == 3 and a.shape[0] == 1:
         return [da, mx.squeeze(mx.matmul(mx.swapaxes(a, 1, 2), c), 0)]
     return [da, mx.matmul(mx.transpose(mx.flatten(a, 0, -2)), mx.flatten(c, 0, -2))]
 
 
 rows = Primitive("rows", decomposition=_product, lowering=_product, batch=_batch, vjp=_vjp)
-rows_of_cotangent = Opaque(
-    "rows_of_cotangent",
-    lowering=_product,
-    batch=lambda size, arrays, axes: _batch(size, arrays, axes)[0],
-    vjp=_vjp,
-)
-
 
 if MLX >= (0, 32, 0):  # before, transforms of what a rule ends in are not all right
 
