@@ -12,7 +12,6 @@ import numpy as np
 from ._tasks import FLOAT32_TASKS, MAPPED, Ops, Size, flat, inputs, map_tree, transformer_loss
 
 GPU = jax.default_backend() == "gpu"
-CONTENDERS = ("jax",)
 
 
 def _attention(q: Any, k: Any, v: Any, fused: bool = GPU) -> Any:

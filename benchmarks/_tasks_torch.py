@@ -15,7 +15,6 @@ from ._tasks import FLOAT32_TASKS, MAPPED, Ops, Size, flat, inputs, map_tree, tr
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-CONTENDERS = ("torch.func",)
 
 
 def _split(x: Any, heads: int) -> Any:

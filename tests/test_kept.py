@@ -244,8 +244,10 @@ def test_derivatives_of_gradients(axes):
         return ms.jvp(lambda x, w: list(ms.grad(f, argnums=[0, 1])(x, w)), [x, w], [x, w])[1]
 
     def reverse(ms, x, w):
-        inner = lambda x, w: sum(g.square().sum() for g in ms.grad(f, argnums=[0, 1])(x, w))  # noqa: E731
-        return ms.grad(inner, argnums=[0, 1])(x, w)
+        def slopes(x, w):
+            return sum(g.square().sum() for g in ms.grad(f, argnums=[0, 1])(x, w))
+
+        return ms.grad(slopes, argnums=[0, 1])(x, w)
 
     for product in (forward, reverse):
         fun = functools.partial(product, mlxshim)

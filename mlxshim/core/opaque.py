@@ -75,11 +75,13 @@ def once_each(outputs: list[mx.array]) -> list[mx.array]:
     if not met:
         return outputs
     found = list(outputs)
-    # A node that nothing maps is left in the graph, which MLX could not export then.
-    apart = [i for i in met if is_marked(outputs[i])] if is_kept() else []
+    kept, apart = is_kept(), list[int]()
     for i in met:
-        if i not in apart:
-            found[i] = _turned(found[i])
+        # A node that nothing maps is left in the graph, which MLX could not export then.
+        if kept and is_marked(outputs[i]):
+            apart.append(i)
+        else:
+            found[i] = _turned(outputs[i])
     for start in range(0, len(apart), _GROUP):
         group = apart[start : start + _GROUP]
         for i, x in zip(group, _apart(*(outputs[i] for i in group))):

@@ -9,12 +9,23 @@ import mlx.core as mx
 
 from ..core import levels
 from ..core.primitive import Arrays, Axes
-from ..core.tracers import is_tracer
+from ..core.tracers import is_marked, is_tracer
+from . import _devices
 
 
 def may_be_mapped(result: mx.array) -> bool:
     """Whether the call that MLX answered with `result` can depend on a mapped argument."""
     return "vmap" in levels.active() and is_tracer(result)
+
+
+def is_ours(x: mx.array) -> bool:
+    """Whether a rule serves a call that MLX maps rightly, but decomposed or with more views.
+
+    That is under a vmap on a GPU, whose kernels the rule reaches, and where the graph is kept.
+    """
+    if "vmap" not in levels.active():
+        return False
+    return _devices.gpu() or (levels.is_kept() and is_marked(x))
 
 
 def on_stream(stream: Any, fun: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -36,11 +36,10 @@ from ..core.opaque import after
 from . import _devices
 from .attention_plain import FLOOR
 
-#: Query rows of a block at most, its keys, and its bytes in all heads together: on a CPU those that
-#: its cache holds, on a GPU enough work for a kernel. There it is wide, for the softmax of whole
-#: rows, and has as many rows as make up so many bytes of one K/V head.
+#: Query rows of a block, its keys, and its bytes in all heads together: on a CPU those that its
+#: cache holds, on a GPU enough work for a kernel.
 ROWS, KEYS, BYTES = 256, 512, 4 << 20
-ROWS_GPU, KEYS_GPU, BYTES_GPU, BYTES_OF_HEAD = 512, 8192, 256 << 20, 32 << 20
+ROWS_GPU, KEYS_GPU, BYTES_GPU = 512, 2048, 512 << 20
 
 Part = tuple[slice, slice]  # sequences, K/V heads
 Span = tuple[int, int]
@@ -118,15 +117,18 @@ class _Call:
 
     def keys(self, rows: Span) -> Iterator[Span]:
         """The blocks of keys that any of the rows sees; all of them if a row sees none."""
-        end = self.shape[3]
-        if self.causal and rows[0] + self.offset >= 0:
-            end = rows[1] + self.offset
+        end = self._end_of_keys(rows)
         for j in range(0, end, self.tiles.keys):
             yield j, min(j + self.tiles.keys, end)
 
     def whole(self, rows: Span) -> bool:
         """Whether one block has all the keys of these rows."""
-        return self.sinks is None and len(list(self.keys(rows))) == 1
+        return self.sinks is None and 0 < self._end_of_keys(rows) <= self.tiles.keys
+
+    def _end_of_keys(self, rows: Span) -> int:
+        if self.causal and rows[0] + self.offset >= 0:
+            return rows[1] + self.offset
+        return self.shape[3]
 
     def stacked(self, x: mx.array, part: Part, rows: Span) -> mx.array:
         """The rows of one block, those of all the queries of a group: (b, h, G * r, D)."""

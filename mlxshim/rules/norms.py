@@ -29,10 +29,9 @@ import mlx.core as mx
 from ..core import levels, native
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
-from ..core.tracers import is_marked
 from . import _devices
 from ._constants import constant
-from ._folding import front
+from ._folding import front, is_ours
 from ._plans import planned
 from ._sums import sums_of_rows
 
@@ -41,7 +40,7 @@ from ._sums import sums_of_rows
 
 @intercept(mx.fast, "rms_norm")
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float, *, stream: Any = None) -> mx.array:
-    if not _is_ours(x):
+    if not is_ours(x):
         return original(mx.fast, "rms_norm")(x, weight, eps, stream=stream)
     return _bind("rms_norm", x, weight, None, eps, stream)
 
@@ -55,16 +54,9 @@ def layer_norm(
     *,
     stream: Any = None,
 ) -> mx.array:
-    if not _is_ours(x) and not ("grad" in levels.active() and _has_tail(x)):
+    if not is_ours(x) and not ("grad" in levels.active() and _has_tail(x)):
         return original(mx.fast, "layer_norm")(x, weight, bias, eps, stream=stream)
     return _bind("layer_norm", x, weight, bias, eps, stream)
-
-
-def _is_ours(x: mx.array) -> bool:
-    """Whether a vmap may map it where MLX has a kernel, or where the graph is kept."""
-    if "vmap" not in levels.active():
-        return False
-    return _devices.gpu() or (levels.is_kept() and is_marked(x))
 
 
 def _bind(
@@ -140,8 +132,8 @@ def takes_weight(name: str) -> bool:
     """Whether dx of rows that share a weight is sooner there with it than by c * weight first.
 
     MLX adds up the weight's gradient over all rows, too, which nobody asks for. The kernel of
-    rms_norm does that on the way, and the one without a weight is an older, slower one (CUDA); that
-    of layer_norm writes c * n(x) out and reads it and c again.
+    rms_norm does that on the way, and rows without a weight get another kernel (on CUDA
+    `rms_norm_vjp_small_fallback`); that of layer_norm writes c * n(x) out and reads it and c again.
     """
     return name == "rms_norm"
 

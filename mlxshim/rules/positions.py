@@ -26,10 +26,10 @@ import mlx.core as mx
 from ..core import levels, native
 from ..core.interception import intercept, original
 from ..core.primitive import Arrays, Axes, Primitive
-from ..core.tracers import is_marked
 from ..core.versions import TWO_TANGENTS_BUG
 from . import _devices
 from ._constants import constant
+from ._folding import is_ours
 from .positions_plain import turned
 
 # The call --------------------------------------------------------------------------------------
@@ -51,7 +51,9 @@ def rope(
     if TWO_TANGENTS_BUG and "jvp" in levels.active():
         _raw(a, dims, **form, offset=offset, freqs=freqs, stream=stream)  # or says what is wrong
         return turned(a, offset, freqs, dims=dims, **form)
-    if not (_is_ours(a) or _turns_itself()) or not isinstance(offset, (int, mx.array)):
+    # Without a kernel MLX's own backward pass is shorter: it has the angles of the forward one.
+    ours = is_ours(a) and (_devices.gpu() or "grad" not in levels.active())
+    if not (ours or _turns_itself()) or not isinstance(offset, (int, mx.array)):
         return _raw(a, dims, **form, offset=offset, freqs=freqs, stream=stream)
     if isinstance(offset, int):
         offset = constant(offset, mx.int32)
@@ -63,17 +65,6 @@ def rope(
         return _bind(*arrays, dims=dims, **form)
     with mx.stream(stream):
         return _bind(*arrays, dims=dims, **form)
-
-
-def _is_ours(a: mx.array) -> bool:
-    """Whether a vmap may map it where MLX has a kernel, or where the graph is kept.
-
-    There the backward pass is shorter where it finds the angles of the forward pass.
-    """
-    stack = levels.active()
-    if "vmap" not in stack:
-        return False
-    return _devices.gpu() or (levels.is_kept() and "grad" not in stack and is_marked(a))
 
 
 def _raw(*args: Any, **kwargs: Any) -> mx.array:
