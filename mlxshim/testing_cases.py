@@ -38,6 +38,9 @@ def outcome(thunk: Callable[[], Any]) -> list[mx.array] | Exception:
         mx.eval(out)
         return out
     except Exception as e:
+        # What an evaluation had queued before it raised still writes, to memory that only the
+        # arrays in the traceback's frames keep (docs/mlx-issues.md).
+        mx.synchronize()
         return e
 
 
