@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlxshim.core import native
+from mlxshim.core.versions import LATE_WRITES_BUG
 from mlxshim.rules._dtypes import HALVES
 
 Fun = Callable[..., Any]
@@ -38,9 +39,8 @@ def outcome(thunk: Callable[[], Any]) -> list[mx.array] | Exception:
         mx.eval(out)
         return out
     except Exception as e:
-        # What an evaluation had queued before it raised still writes, to memory that only the
-        # arrays in the traceback's frames keep (docs/mlx-issues.md).
-        mx.synchronize()
+        if LATE_WRITES_BUG:
+            mx.synchronize()
         return e
 
 

@@ -29,3 +29,7 @@ SELECT_JVP_BUG = MLX < (0, 32, 0)
 #: `SliceUpdate::jvp` wants a tangent of both arguments: refused where one has none (0.32.0), or
 #: read out of bounds (0.31.1 and 0.31.2).
 TWO_TANGENTS_BUG = MLX < (0, 32, 4)
+
+#: An evaluation that raises frees what is still being written; waiting for that, while the
+#: exception holds the arrays, is enough.
+LATE_WRITES_BUG = MLX < (0, 32, 0)
