@@ -177,6 +177,25 @@ def test_two_threads_that_trace_never_compile():
     assert compiles()
 
 
+def test_a_thread_that_asks_turns_no_switch_under_one_that_traces():
+    """It traces no vmap itself, but may differentiate."""
+    on = []
+    ask = compilation.always(lambda: on.append(compilation.is_on()))
+
+    def f(x):
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+        ask()
+        return x
+
+    ask()
+    vmap(f)(mx.ones(2))
+    ask()
+    assert on == [True, False, True, True]
+    assert compiles()
+
+
 def test_asyncio_tasks_that_take_turns():
     async def one(n):
         total = []

@@ -6,7 +6,7 @@ each sample, would be there still when the vmap is long over, and a draw that wa
 is one for all samples. `mx.disable_compile` is the switch; it is the whole process's.
 
 What another thread calls meanwhile runs as it is written too: slower, and the same. Only the probe
-of `always` is compiled while a vmap traces, and never while two threads do: the other one would
+of `always` is compiled while a vmap traces, and never while another thread does: that one would
 find the switch on in the middle of its trace.
 """
 
@@ -69,13 +69,13 @@ def want(on: bool) -> None:
 
 
 def always(compiled: Callable[..., R]) -> Callable[..., R]:
-    """`compiled`, which is what MLX compiled even inside a vmap, if this one alone is traced."""
+    """`compiled`, which is what MLX compiled even inside a vmap, if this thread alone traces."""
 
     def call(*args: Any) -> R:
         if not _threads:
             return compiled(*args)
         with _lock:
-            if len(_threads) > 1 or not _wanted:
+            if _threads != {_get_ident()} or not _wanted:
                 return compiled(*args)
             _enable()
             try:
