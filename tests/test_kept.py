@@ -142,6 +142,19 @@ def test_what_has_unmapped_parts_is_exported(tmp_path, shapeless):
         assert len(got) == len(want) and all(same(y, z) for y, z in zip(got, want))
 
 
+def test_an_output_of_shared_arguments_is_exported(tmp_path):
+    """However often it is there, and whatever else is."""
+    x, s, c = normal(4, 2), normal(2), normal(2)
+    for i, f in enumerate(
+        (lambda x, s: (x.sum(), s, s, mx.sin(s), c), lambda x, s: (x, s, s, mx.sin(s), c, x))
+    ):
+        mapped = mlxshim.vmap(f, (0, None))
+        mx.export_function(str(tmp_path / f"{i}"), mapped, x, s)
+        got = mx.import_function(str(tmp_path / f"{i}"))(x, s)
+        want = [mx.stack(list(ys)) for ys in zip(*(f(y, s) for y in x))]
+        assert len(got) == len(want) and all(same(y, z) for y, z in zip(got, want))
+
+
 def test_a_compiled_trace_takes_no_call_for_that_of_another(recwarn):
     x, w, c = normal(4, 2, 3, 5), normal(5, 6), normal(2, 3, 5)
 

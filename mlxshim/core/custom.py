@@ -270,7 +270,7 @@ def mapped(
 
     def run(*xs: mx.array) -> list[mx.array]:
         nonlocal through
-        outputs = once_each(body(xs[first], *xs))
+        outputs = once_each(body(xs[first], *xs), xs[first])
         through = True
         return outputs
 

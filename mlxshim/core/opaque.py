@@ -60,10 +60,11 @@ def in_front(size: int, arrays: Arrays, axes: Axes) -> list[mx.array]:
 _GROUP = 8
 
 
-def once_each(outputs: list[mx.array]) -> list[mx.array]:
+def once_each(outputs: list[mx.array], mapped: mx.array) -> list[mx.array]:
     """The outputs of what `mx.vmap` maps: it moves the axis of one that is there twice twice.
 
     Whether two are the same node cannot be asked, so one of a shape that was met is another.
+    `mapped` is a tracer of that vmap, mapped for certain.
     """
     shapes: set[tuple[int, ...]] = set()
     met: list[int] = []
@@ -77,14 +78,13 @@ def once_each(outputs: list[mx.array]) -> list[mx.array]:
     found = list(outputs)
     kept, apart = is_kept(), list[int]()
     for i in met:
-        # A node that nothing maps is left in the graph, which MLX could not export then.
         if kept and is_marked(outputs[i]):
             apart.append(i)
         else:
             found[i] = _turned(outputs[i])
     for start in range(0, len(apart), _GROUP):
         group = apart[start : start + _GROUP]
-        for i, x in zip(group, _apart(*(outputs[i] for i in group))):
+        for i, x in zip(group, _apart(mapped, *(outputs[i] for i in group))):
             found[i] = x
     return found
 
@@ -95,20 +95,23 @@ def _turned(x: mx.array) -> mx.array:
 
 
 def _new_apart() -> Callable[..., Arrays]:
-    """Arrays as nodes of their own, of which nothing is left once they are mapped.
+    """Of (a mapped tracer, *arrays) the arrays, as nodes of which nothing is left once mapped.
 
-    Such a node costs more to trace than a view does, and to evaluate.
+    Such a node costs more to trace than a view does, and to evaluate. One that nothing maps would
+    be left in the graph, which MLX could not export then: hence the tracer.
     """
 
     def vmap(arrays: Arrays, axes: Axes) -> tuple[Arrays, list[int]]:
-        arrays, axes = several(arrays), several(axes)
         size = mapped_size(arrays, axes)
-        outputs = [x if a is not None else copies(x, size) for x, a in zip(arrays, axes)]
-        return outputs, [a or 0 for a in axes]
+        outputs = [x if a is not None else copies(x, size) for x, a in zip(arrays[1:], axes[1:])]
+        return outputs, [a or 0 for a in axes[1:]]
 
-    node: Any = Node(lambda *xs: list(xs))
-    node.vjp(lambda primals, cotangents, outputs: list(several(cotangents)))
-    node.jvp(lambda primals, tangents: full(several(primals), several(tangents)))
+    def vjp(primals: Arrays, cotangents: Any, outputs: Any) -> Arrays:
+        return [mx.zeros_like(primals[0]), *several(cotangents)]
+
+    node: Any = Node(lambda mapped, *xs: list(xs))
+    node.vjp(vjp)
+    node.jvp(lambda primals, tangents: full(primals[1:], tangents[1:]))
     node.vmap(vmap)
     return node
 

@@ -210,26 +210,26 @@ class Outputs:
         #: Whether the function has returned, and returned what it may.
         self.taken = False
 
-    def take(self, tree: Any) -> list[mx.array]:
-        """The outputs of a trace, as MLX wants them."""
+    def take(self, tree: Any, mapped: mx.array) -> list[mx.array]:
+        """The outputs of a trace, of which `mapped` is a tracer, as MLX wants them."""
         arrays, axes = self._flatten(tree, self._unmapped)
         if type(self.axes) is not int:
             self.axes[:] = axes
         self.taken = True
-        return once_each(arrays)
+        return once_each(arrays, mapped)
 
-    def take_plain(self, tree: Any) -> Any:
+    def take_plain(self, tree: Any, mapped: mx.array) -> Any:
         """The outputs of a trace, in the tree of the function where MLX takes that as it is."""
         if type(self.spec) is int:
             arrays: list[mx.array] = []
             if _is_plain(tree, self.spec, arrays):
                 plain = tree
-                apart = once_each(arrays)
+                apart = once_each(arrays, mapped)
                 if apart is not arrays:
                     plain = _with_leaves(tree, iter(apart))
                 self.tree, self.taken = _AS_IT_IS, True
                 return plain
-        return self.take(tree)
+        return self.take(tree, mapped)
 
     def take_sample(self, tree: Any) -> list[mx.array]:
         """The outputs of one sample of a loop."""

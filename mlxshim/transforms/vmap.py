@@ -105,7 +105,8 @@ def vmap(
                 look_around(level, reach(args, path))
 
                 def traced(*xs: Any) -> Any:
-                    return outputs.take_plain(in_vmap(level, run, reach(xs, path), *xs))
+                    first = reach(xs, path)
+                    return outputs.take_plain(in_vmap(level, run, first, *xs), first)
 
                 try:
                     return outputs.give(native.call_vmap(traced, axes, outputs.axes, args))
@@ -164,7 +165,7 @@ def _batched(
 
     def per_sample(*samples: mx.array) -> Any:
         args, kwargs = inputs.fill(samples)
-        return outputs.take(body(samples[0], *args, **kwargs))
+        return outputs.take(body(samples[0], *args, **kwargs), samples[0])
 
     axes = tuple(inputs.axes) if len(inputs.axes) > 1 else inputs.axes[0]
     run: Any = native.vmap(per_sample, axes, outputs.axes)
