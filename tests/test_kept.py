@@ -13,7 +13,7 @@ import pytest
 from test_norms import operations
 
 import mlxshim
-from mlxshim.core import levels
+from mlxshim.core import levels, tracers
 from mlxshim.core.versions import MLX, MOVED_SHAPE_BUG
 from mlxshim.testing import loop
 
@@ -153,6 +153,24 @@ def test_an_output_of_shared_arguments_is_exported(tmp_path):
         got = mx.import_function(str(tmp_path / f"{i}"))(x, s)
         want = [mx.stack(list(ys)) for ys in zip(*(f(y, s) for y in x))]
         assert len(got) == len(want) and all(same(y, z) for y, z in zip(got, want))
+
+
+def test_another_stream_is_no_trace():
+    """MLX's cache, which tells what a tracer is, has an entry for each default stream."""
+    xs, seen = normal(2, 3, 1, 3), []
+
+    def look(x):
+        seen.append(levels.is_kept())
+        return x @ mx.ones((3, 3))
+
+    compiled = mx.compile(lambda x: mlxshim.vmap(look)(x))
+    for _ in range(2):
+        with mx.stream(mx.new_stream(mx.cpu)):
+            assert not tracers.is_tracer(xs)
+            mx.eval(mlxshim.vmap(look)(xs), compiled(xs))
+            assert not tracers.in_trace()
+    mx.eval(mlxshim.vmap(look)(xs))
+    assert seen == [False, True, False, True, False]
 
 
 def test_a_compiled_trace_takes_no_call_for_that_of_another(recwarn):

@@ -20,8 +20,9 @@ from . import compilation, levels, native
 class _Probe(threading.local):
     def __init__(self) -> None:
         self.calls = 0
-        #: The (number of dimensions, dtype) that the cache has: MLX keeps one for each thread.
-        self.cached: set[tuple[int, mx.Dtype]] = set()
+        #: The (number of dimensions, dtype) that the cache has, with the default streams that it
+        #: has them for: MLX keeps one for each thread.
+        self.cached: dict[tuple[int, mx.Dtype], list[mx.Stream]] = {}
 
 
 _probe = _Probe()
@@ -45,15 +46,16 @@ def is_marked(x: mx.array) -> bool:
     before = probe.calls
     _count(x)
     if probe.calls == before:
-        probe.cached.add(key)
         return False
-    if key in probe.cached:
+    stream = mx.default_stream(mx.default_device())
+    cached = probe.cached.setdefault(key, [])
+    if stream in cached:
         return True
     # That call may have been the one that fills the cache: the second tells.
     before = probe.calls
     _count(x)
     if probe.calls == before:
-        probe.cached.add(key)
+        cached.append(stream)
         return False
     return True
 
