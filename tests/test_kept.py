@@ -340,6 +340,32 @@ def test_outputs_of_one_shape_need_no_views():
     assert "Transpose" not in operations(*f(normal(4, 6)))
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("around", [False, True])
+def test_causal_layers_in_steps_of_training(steps, around):
+    """Six times the same mask: MLX raises where it joins those of a layer in the wrong order."""
+
+    def loss(weights, x):
+        for i in range(2):
+            q, k = (x @ weights[i])[None], x[None]
+            x = mx.fast.scaled_dot_product_attention(q, k, k, scale=0.5, mask="causal")[0]
+        return mx.square(x).mean()
+
+    def train(weights, x, grad):
+        for _ in range(steps):
+            weights = weights - 0.5 * grad(loss)(weights, x)
+        return mx.square(weights).sum() if around else weights
+
+    weights, x = normal(3, 2, 4, 4), normal(3, 2, 5, 4)
+    native = functools.partial(train, grad=mx.grad)
+    ours = mlxshim.vmap(functools.partial(train, grad=mlxshim.grad))
+    if around:
+        native, mapped = mx.grad(native), ours
+        ours = mlxshim.grad(lambda weights, x: mapped(weights, x).sum())
+    want = mx.stack([native(weights[i], x[i]) for i in range(3)])
+    assert same(mx.compile(ours)(weights, x), want)
+
+
 # How many nodes --------------------------------------------------------------------------------
 
 

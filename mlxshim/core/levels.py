@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Literal, TypeVar
 
 import mlx.core as mx
@@ -28,8 +28,8 @@ class VmapLevel:
     """What rules and collectives may ask of one active vmap."""
 
     __slots__ = (
-        *("axis_name", "calls", "compiles", "depth", "kept", "mapped", "plan", "randomness"),
-        *("size", "ties", "used"),
+        *("axis_name", "calls", "compiles", "constants", "depth", "kept", "mapped", "plan"),
+        *("randomness", "size", "ties", "used"),
     )
 
     def __init__(
@@ -50,6 +50,8 @@ class VmapLevel:
         self.kept = False
         #: Whether compilation is known to be on (`tracers.look_around`).
         self.compiles = False
+        #: What `shared` has made, if this is the outermost level.
+        self.constants: dict[Hashable, mx.array] = {}
         #: How many vmap levels are around this one.
         self.depth = 0
         #: Whether a tangent that samples share is to be one of each sample's own.
@@ -118,6 +120,22 @@ def is_kept() -> bool:
     """
     vmaps = _levels.vmaps
     return bool(vmaps) and vmaps[0].kept
+
+
+def shared(key: Hashable, make: Callable[[], mx.array]) -> mx.array:
+    """What `make` makes of constants alone, once in each trace of a vmap.
+
+    Of nodes that are the same `mx.compile` makes one, and raises `_Map_base::at` where three or
+    more were put in another order than they are computed in (docs/mlx-issues.md).
+    """
+    vmaps = _levels.vmaps
+    if not vmaps:
+        return make()
+    constants = vmaps[0].constants
+    found = constants.get(key)
+    if found is None:
+        found = constants[key] = make()
+    return found
 
 
 def differentiates() -> bool:

@@ -29,9 +29,9 @@ from ..core.primitive import Arrays, Axes, Primitive
 from . import _devices
 from ._constants import constant
 from ._folding import sample_ndim, sample_shape
-from ._mlx_0_31 import keep_where, matmul
+from ._mlx_0_31 import matmul
 from .attention_folds import batch, fold, fold_all, unfold
-from .attention_plain import FLOOR, by_group, past
+from .attention_plain import by_group, without_future
 
 #: Bytes of keys and values that a GPU copies in the time that it takes to start the operations of
 #: the parts. Measured on an H100.
@@ -43,8 +43,7 @@ def _scores(q: mx.array, k: mx.array, scale: float, causal: bool) -> mx.array:
     queries = by_group(q * constant(scale, q.dtype), k)
     scores = matmul(queries, mx.swapaxes(k, -1, -2))
     if causal and q.shape[2] > 1:
-        seen = past(scores.shape[2], q.shape[2], k.shape[2])
-        scores = keep_where(seen, scores, FLOOR[scores.dtype])
+        scores = without_future(scores, q.shape[2])
     return scores
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..core import levels
+from ..core.interception import original
 from ._constants import constant
 from ._mlx_0_31 import keep_where, matmul
 
@@ -91,8 +93,7 @@ def _probabilities(
     """softmax, (B, Hkv, H / Hkv * Lq, Lk); the queries are scaled, and rows of their group."""
     scores = matmul(queries, mx.swapaxes(k, -1, -2))
     if causal:
-        seen = past(scores.shape[2], length, scores.shape[3])
-        scores = keep_where(seen, scores, FLOOR[scores.dtype])
+        scores = without_future(scores, length)
     if not rest:
         return mx.softmax(scores, axis=-1, precise=True)
     shape = scores.shape
@@ -100,6 +101,17 @@ def _probabilities(
         return _masked_softmax(scores, rest, has_mask)
     scores = mx.reshape(scores, (shape[0], heads, length, shape[3]))
     return mx.reshape(_masked_softmax(scores, rest, has_mask), shape)
+
+
+def without_future(scores: mx.array, q_length: int) -> mx.array:
+    """`scores`, at the floor where a row does not see the key."""
+    shape = scores.shape
+
+    def seen() -> mx.array:  # by every sample, head and layer: one node, as large as the scores
+        keys = past(shape[2], q_length, shape[3])
+        return original(mx, "broadcast_to")(keys, shape)
+
+    return keep_where(levels.shared((past, shape, q_length), seen), scores, FLOOR[scores.dtype])
 
 
 def past(rows: int, q_length: int, k_length: int) -> mx.array:
