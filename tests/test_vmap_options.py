@@ -7,7 +7,15 @@ import warnings
 import mlx.core as mx
 import pytest
 
-from mlxshim import ArgumentError, NoBatchingRule, PerformanceWarning, grad, jacrev, vmap
+from mlxshim import (
+    ArgumentError,
+    ConcretizationError,
+    NoBatchingRule,
+    PerformanceWarning,
+    grad,
+    jacrev,
+    vmap,
+)
 from mlxshim import map as mapped_one_by_one
 from mlxshim.core.interception import in_place
 from mlxshim.testing import loop
@@ -66,6 +74,19 @@ def test_fallback_error_refuses():
     assert not in_place()
 
 
+def test_a_way_out_is_named_with_the_missing_rule():
+    qr, early = mx.linalg.qr, mx.checkpoint(lambda x: mx.sin(x).sum())
+    for f, hint in (
+        (lambda x: qr(x, stream=mx.cpu)[1], "imported by value"),
+        (lambda x: grad(early)(x), "mlxshim.checkpoint"),
+        (ruleless(), "imported by value"),
+    ):
+        xs = mx.random.normal((2, 3, 3))
+        with pytest.warns(PerformanceWarning, match=hint):
+            got = vmap(f)(xs)
+        close(got, mx.stack([f(x) for x in xs]))
+
+
 @pytest.mark.filterwarnings("ignore::mlxshim.PerformanceWarning")
 def test_the_loop_composes():
     op = ruleless()
@@ -87,6 +108,20 @@ def test_a_value_that_is_read_becomes_a_loop():
     with pytest.warns(PerformanceWarning, match="reads the value"):
         got = vmap(lambda x: x if x.sum() > 0 else -x)(x)
     close(got, mx.array([[1.0, 2.0], [3.0, -1.0]]))
+
+
+@pytest.mark.filterwarnings("ignore::mlxshim.PerformanceWarning")
+def test_a_value_that_is_read_while_it_is_compiled():
+    read = vmap(lambda x: x if x.sum() > 0 else -x)
+    for f in (read, vmap(read), grad(lambda x: read(x).sum())):
+        with pytest.raises(ConcretizationError, match="reads the value of an array"):
+            mx.compile(f)(mx.random.normal((2, 3, 4)))
+    shared = mx.random.normal((2, 3))  # what is not compiled can be read
+    x = mx.random.normal((3,))
+    close(
+        mx.compile(lambda x: vmap(lambda y: y.sum().item() * x)(shared))(x),
+        shared.sum(1)[:, None] * x,
+    )
 
 
 @pytest.mark.filterwarnings("ignore::mlxshim.PerformanceWarning")

@@ -24,7 +24,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import levels, native
-from .errors import NoBatchingRule
+from .errors import NoBatchingRule, no_rule
 from .interception import intercepted, original
 from .opaque import copies, in_front, once_each
 from .primitive import Arrays, Axes, Node, Primitive, mapped_size, several
@@ -281,7 +281,7 @@ def mapped(
         if not through or isinstance(e, (NoBatchingRule, TypeError)):
             raise
         # It fails while a function is traced, and is a matter of a rule all the same.
-        raise NoBatchingRule(f"an operation has no batching rule: {e}") from e
+        raise NoBatchingRule(no_rule(str(e))) from e
 
 
 def shaped(fun: Flat, arrays: Arrays) -> list[mx.array]:

@@ -35,6 +35,20 @@ class NoBatchingRule(NotImplementedError):
     """
 
 
+def no_rule(said: str) -> str:
+    """That a rule is missing, where MLX has `said` which primitive it cannot map, and a way out."""
+    reason = f"an operation has no batching rule: {said}"
+    if "::vmap]" not in said:
+        return reason
+    if "Depends" in said:
+        hint = "Make an mx.checkpoint inside the vmap, or take mlxshim.checkpoint."
+    elif "Custom" in said:
+        hint = "Give a kernel of your own one with mlxshim.primitive."
+    else:
+        hint = "Call what was imported by value as an attribute of its module of MLX's."
+    return f"{reason.rstrip('.')}. {hint}"
+
+
 class ArgumentError(ValueError, TypeError):
     """A call that means nothing. MLX raises ValueError where JAX raises TypeError: this is both.
 

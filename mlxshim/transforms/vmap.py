@@ -11,7 +11,13 @@ import mlx.core as mx
 from typing_extensions import ParamSpec
 
 from ..core import levels, native
-from ..core.errors import ArgumentError, NoBatchingRule, PerformanceWarning
+from ..core.errors import (
+    ArgumentError,
+    ConcretizationError,
+    NoBatchingRule,
+    PerformanceWarning,
+    no_rule,
+)
 from ..core.interception import intercepted
 from ..core.levels import VmapLevel, at_vmap, in_vmap, standing_in
 from ..core.plans import Plans
@@ -71,6 +77,7 @@ def vmap(
             different sizes, nothing mapped, an output that is no array or number. (It is a
             ValueError, as MLX's, and a TypeError, as JAX's.)
         NoBatchingRule: with `fallback="error"`, naming the operation.
+        ConcretizationError: `fun` reads a value, and `mx.compile` is around.
 
     Example:
         >>> import mlx.core as mx
@@ -189,7 +196,15 @@ def _looped(
     for i in range(size):
         samples = tuple(x[(slice(None),) * a + (i,)] for x, a in zip(arrays, inputs.axes))
         args, kwargs = inputs.fill(samples)
-        columns.append(outputs.take_sample(fun(*args, **kwargs)))
+        try:
+            columns.append(outputs.take_sample(fun(*args, **kwargs)))
+        except ValueError as e:
+            if levels.vmaps() or not _reads(e):
+                raise
+            raise ConcretizationError(
+                "[vmap] The function reads the value of an array that has none, for mx.compile or "
+                "mx.vmap is around: take mx.where or mlxshim.cond, or compile what reads nothing."
+            ) from e
     return outputs.stack(columns)
 
 
@@ -217,10 +232,14 @@ def _why_loop(error: Exception, outputs: Outputs) -> str | None:
     if isinstance(error, NoBatchingRule):
         return said
     if outputs.taken:  # the function is through: what failed is a batching rule
-        return f"an operation has no batching rule: {said}"
-    if "Attempting to eval an array during function transformations" in said:
+        return no_rule(said)
+    if _reads(error):
         return "the function reads the value of an array that is mapped"
     return None
+
+
+def _reads(error: Exception) -> bool:
+    return "Attempting to eval an array during function transformations" in str(error)
 
 
 def _check_options(
