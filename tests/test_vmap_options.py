@@ -110,6 +110,11 @@ def test_a_value_that_is_read_becomes_a_loop():
     close(got, mx.array([[1.0, 2.0], [3.0, -1.0]]))
 
 
+def test_a_value_that_is_read_in_a_named_axis():
+    with pytest.raises(NoBatchingRule, match="with an axis_name there can be none"):
+        vmap(lambda x: x if x.sum() > 0 else -x, axis_name="i")(mx.random.normal((2, 3)))
+
+
 @pytest.mark.filterwarnings("ignore::mlxshim.PerformanceWarning")
 def test_a_value_that_is_read_while_it_is_compiled():
     read = vmap(lambda x: x if x.sum() > 0 else -x)

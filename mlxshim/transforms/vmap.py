@@ -76,7 +76,8 @@ def vmap(
         ArgumentError: an axis specification that does not fit, an axis out of range, mapped axes of
             different sizes, nothing mapped, an output that is no array or number. (It is a
             ValueError, as MLX's, and a TypeError, as JAX's.)
-        NoBatchingRule: with `fallback="error"`, naming the operation.
+        NoBatchingRule: with `fallback="error"`, naming the operation; a value is read in a named
+            axis.
         ConcretizationError: `fun` reads a value, and `mx.compile` is around.
 
     Example:
@@ -213,6 +214,9 @@ def _loop_or_raise(
 ) -> None:
     """Warn that a loop follows, or raise: the caller's own error, or that there is no rule."""
     reason = _why_loop(error, outputs)
+    if reason is not None and axis_name is not None and _reads(error):
+        reason += ", which is a loop over the samples, and with an axis_name there can be none"
+        raise NoBatchingRule(f"[vmap] {reason}") from error
     if reason is None or axis_name is not None:
         raise error
     if fallback == "error":
