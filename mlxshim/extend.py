@@ -126,7 +126,9 @@ class Operation:
         listed = functools.partial(self._primitive.decomposition, **static)
         # MLX takes a tuple of axes only for several arguments.
         spec: Any = tuple(axes) if len(axes) > 1 else axes[0]
-        outputs: Any = native.vmap(lambda *xs: once_each(listed(*xs)), in_axes=spec)(*arrays)
+        first = next(i for i, axis in enumerate(axes) if axis is not None)
+        mapped = native.vmap(lambda *xs: once_each(listed(*xs), xs[first]), in_axes=spec)
+        outputs: Any = mapped(*arrays)
         return list(outputs), [0] * len(outputs)
 
 

@@ -45,7 +45,7 @@ def no_rule(said: str) -> str:
     elif "Custom" in said:
         hint = "Give a kernel of your own one with mlxshim.primitive."
     else:
-        hint = "Call what was imported by value as an attribute of its module of MLX's."
+        hint = "If it was imported by value, call it as an attribute of its module."
     return f"{reason.rstrip('.')}. {hint}"
 
 
