@@ -15,6 +15,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -204,10 +205,14 @@ class Result:
 
 def judge(command: Sequence[str], timeout: float) -> tuple[str, dict[str, Any]]:
     """Run a command that prints a JSON object last: (its verdict, the object)."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return "HANG", {}
+    # What MLX compiles on a CPU lies in this folder, where a process finds what another one has
+    # only half written (docs/mlx-issues.md).
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as own:
+        env = {**os.environ, "TMPDIR": own}
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
+        except subprocess.TimeoutExpired:
+            return "HANG", {}
     if done.returncode < 0:
         return signal.Signals(-done.returncode).name, {}
     lines = (done.stdout.strip() or done.stderr.strip() or "no output").splitlines()
