@@ -1,15 +1,6 @@
 """What only some versions of MLX import is collected there only."""
 
-import atexit
 import os
-import shutil
-import tempfile
-
-# What MLX compiles on a CPU lies in this folder, where a process finds what another one has only
-# half written (docs/mlx-issues.md). The workers' own are in that of the process that starts them.
-os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="mlx-")
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 
 # On CUDA float32 products would have ten bits, and differ by how they are batched.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
