@@ -17,6 +17,7 @@ from mlxshim import (
     vmap,
 )
 from mlxshim import map as mapped_one_by_one
+from mlxshim.core.errors import no_rule
 from mlxshim.core.interception import in_place
 from mlxshim.testing import loop
 
@@ -85,6 +86,11 @@ def test_a_way_out_is_named_with_the_missing_rule():
         with pytest.warns(PerformanceWarning, match=hint):
             got = vmap(f)(xs)
         close(got, mx.stack([f(x) for x in xs]))
+
+
+def test_a_kernel_of_ones_own_is_told_of_primitives():
+    """MLX has kernels of a user's own on a GPU alone: here it is its words that are asked."""
+    assert "mlxshim.primitive" in no_rule("[Primitive::vmap] Not implemented for CustomKernel.")
 
 
 @pytest.mark.filterwarnings("ignore::mlxshim.PerformanceWarning")
